@@ -1,0 +1,38 @@
+# make demo: from nothing to a trained CrossViT. make test: every check. Nothing else is needed but Python and a compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-long lint format clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(INSTALL) --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/crosspatch train digits --out runs/demo --overwrite
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pyright --warnings
+
+test: lint
+	$(BIN)/pytest -n auto --dist worksteal -m 'not long'
+
+test-long: $(VENV)/tested
+	$(BIN)/pytest -n 2 -m long
+
+format: $(VENV)/tested
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist

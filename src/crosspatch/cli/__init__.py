@@ -1,0 +1,1 @@
+"""The command line: one verb is one file that parses, calls and prints."""

@@ -1,0 +1,171 @@
+"""`crosspatch eval RUN DATA`: the figures of a trained run on labelled pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from crosspatch.cli.options import DATA, Output, at_least, existing_run
+from crosspatch.errors import DataError, UsageError, near
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from crosspatch.data.sources import Source
+
+AUTO = (
+    "Which pictures. auto: what the run kept for testing when DATA is what it was trained on, else "
+    "the test or val folder of DATA, else all."
+)
+
+
+def evaluate(
+    run: Annotated[Path, Parameter(help="The folder of a trained run.")],
+    data: Annotated[str, Parameter(help=DATA)],
+    /,
+    *,
+    split: Annotated[Literal["auto", "all", "train", "val", "test"], Parameter(help=AUTO)] = "auto",
+    topk: Annotated[int, at_least(1, "--topk 5")] = 5,
+    csv: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    output: Output | None = None,
+) -> int:
+    """Measure a trained run on labelled pictures.
+
+    Parameters
+    ----------
+    topk
+        A picture counts for the second accuracy when its class is among so many.
+    csv
+        Write one row per picture to this table.
+    """
+    output = output or Output()
+    from crosspatch.cli.predict import check_target, write_table
+    from crosspatch.cli.screen import Screen, print_json
+
+    existing_run(run)
+    check_target(csv)
+    with Screen(stderr=output.json) as screen:
+        from crosspatch.data.sources import open_source
+        from crosspatch.metrics.classification import topk as share_in_topk
+        from crosspatch.tasks.classify import Classify
+        from crosspatch.training.inference import Classifier
+
+        classifier = Classifier.open(run)
+        source = open_source(data)
+        labels = match_classes(source, classifier.classes)
+        chosen, name, why = choose(run, source, split)
+        answers = classifier.probabilities(
+            [partial(source.read, int(index)) for index in chosen],
+            lambda done, total: screen.progress("evaluating", done, total),
+        )
+        keys = [source.items[index].key for index in chosen]
+        if not len(answers.ok):
+            raise DataError(
+                f"none of {len(chosen):,} pictures in {data} could be read",
+                "labelled pictures (JPEG, PNG, WebP, BMP, GIF or TIFF)",
+                f"look at them; the first is {keys[0]}: {answers.failures[0].reason}",
+            )
+        task, truth = Classify(classifier.classes), labels[chosen[answers.ok]]
+        metrics = task.metrics(answers.probs, truth)
+        k = min(topk, len(classifier.classes))
+        metrics["topk"] = {"k": k, "accuracy": share_in_topk(answers.probs, truth, k)}
+        skipped = [(one.path, one.reason) for one in source.skipped]
+        skipped += [(keys[one.index], one.reason) for one in answers.failures]
+        if csv is not None:
+            read = [keys[place] for place in answers.ok]
+            write_table(csv, task.predictions(read, truth.tolist(), answers.probs, name))
+        if not output.json:
+            _print(screen, f"{run} on {data}: {why}", name, metrics, skipped)
+    if output.json:
+        print_json({
+            "run": str(run),
+            "data": data,
+            "split": name,
+            **metrics,
+            "skipped": [{"path": path, "reason": reason} for path, reason in skipped],
+        })  # fmt: skip
+    return 0
+
+
+def match_classes(source: Source, known: Sequence[str]) -> np.ndarray:
+    """int64 (N,): for every item the model's index of its class, matched by name.
+
+    Raises DataError naming the classes that the model does not know, and what is near them.
+    """
+    import numpy as np
+
+    place = {name: index for index, name in enumerate(known)}
+    unknown = [name for name in source.classes if name not in place]
+    if unknown:
+        hints = [f"{name} (near: {near(name, known) or 'nothing'})" for name in unknown[:5]]
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        shown = ", ".join(known[:12]) + (" …" if len(known) > 12 else "")
+        raise DataError(
+            f"classes that the model does not know: {', '.join(hints)}{more}",
+            f"it was trained on {len(known)} classes: {shown}",
+            "rename these folders to the model's names, or take them out",
+        )
+    return np.array([place[name] for name in source.classes], np.int64)[source.labels]
+
+
+def choose(run: Path, source: Source, split: str) -> tuple[np.ndarray, str, str]:
+    """(item indices, name of the split, a sentence that says which pictures these are).
+
+    Raises UsageError when `split` is asked for and neither the run nor the folders name it.
+    """
+    import numpy as np
+
+    from crosspatch.data.split import SPLITS
+
+    every = np.arange(len(source))
+    given = np.array([item.split or "" for item in source.items])
+    parts = _split_of_run(run, source)
+    whose = "the {} pictures of this run (--split all takes all)"
+    if parts is None:
+        parts = {name: every[given == name] for name in SPLITS}
+        whose = "the pictures in its {} folder"
+    filled = [name for name in ("test", "val") if len(parts[name])]
+    name = (filled or ["all"])[0] if split == "auto" else split
+    if name == "all":
+        return every, name, "all its pictures"
+    if not len(parts[name]):
+        raise UsageError(
+            f"--split {name}, but there are no {name} pictures",
+            "the data the run was trained on, or data in folders train, val and test",
+            "--split all",
+        )
+    return parts[name], name, whose.format(name)
+
+
+def _split_of_run(run: Path, source: Source) -> dict[str, np.ndarray] | None:
+    """The run's own split when `source` holds all pictures that it names, else None."""
+    from crosspatch.data.split import SPLITS, read_split
+
+    path = run / "split.csv"
+    if not path.is_file():
+        return None
+    try:
+        split = read_split(path, source)
+    except DataError:  # other pictures than those of the run: they have no split there
+        return None
+    return {name: getattr(split, name) for name in SPLITS}
+
+
+def _print(
+    screen: Any, head: str, name: str, metrics: dict[str, Any], skipped: list[tuple[str, str]]
+) -> None:
+    from crosspatch.cli import words
+
+    screen.line(head)
+    screen.score(name, metrics)
+    screen.line()
+    screen.class_table(metrics)
+    screen.confused(metrics)
+    if skipped:
+        screen.line()
+        screen.line(f"{words.plural(len(skipped), 'file')} left out", "yellow")
+        screen.unreadable(skipped)

@@ -1,0 +1,101 @@
+"""Options that several verbs share, and how `10m`, `24x32` and counts are read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cyclopts import Group, Parameter, Token
+
+from crosspatch.errors import UsageError, near
+
+OUTPUT = Group("Output", sort_key=90)
+
+DATA = (
+    "A folder with one folder per class, or with train/ val/ test/ of such, or a .zip or .tar of "
+    "either, or the word digits (small scans that come along)."
+)
+
+
+@Parameter(name="*", group=OUTPUT)
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How a verb answers."""
+
+    json: bool = False
+    """One JSON object on stdout and nothing else there."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(hint: Any, tokens: Sequence[Token]) -> float:
+    """`90s`, `10m`, `1.5h` or `1h30m` in seconds; raises UsageError for anything else."""
+    text = tokens[0].value.strip().lower()
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
+    total = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if not parts or "".join(number + unit for number, unit in parts) != text or total <= 0:
+        digits = re.fullmatch(r"\d+", text)
+        do = f"--time {text}m" if digits and int(text) > 0 else "--time 10m"
+        raise UsageError(f"--time {text!r}", "a time with its unit: 90s, 10m, 1.5h, 1h30m", do)
+    return total
+
+
+def side(hint: Any, tokens: Sequence[Token]) -> int | tuple[int, int]:
+    """`32` is a square, `24x32` is height 24 and width 32 in pixels; raises UsageError."""
+    text = tokens[0].value.strip().lower()
+    match = re.fullmatch(r"(\d{1,5})(?:[x×](\d{1,5}))?", text)
+    values = [int(value) for value in match.groups() if value] if match else []
+    if not values or min(values) < 8:
+        raise UsageError(
+            f"--size {text!r}",
+            "one number of pixels (32) or height x width (24x32), each 8 or more",
+            "--size 32",
+        )
+    return values[0] if len(values) == 1 else (values[0], values[1])
+
+
+def at_least(low: float, example: str) -> Parameter:
+    """A parameter whose number must be `low` or more; its converter raises UsageError."""
+
+    def convert(hint: Any, tokens: Sequence[Token]) -> int:
+        name, text = tokens[0].keyword or "the value", tokens[0].value
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < low:
+            raise UsageError(f"{name} {text}", f"a whole number of {low} or more", example)
+        return int(text)
+
+    return Parameter(converter=convert)
+
+
+def positive(hint: Any, tokens: Sequence[Token]) -> float:
+    """A number above zero; raises UsageError."""
+    name, text = tokens[0].keyword or "the value", tokens[0].value
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UsageError(f"{name} {text}", "a number above zero", f"{name} 0.001")
+    return value
+
+
+def existing_run(path: Path) -> Path:
+    """The path, when it is a folder; raises UsageError that names runs near it."""
+    if path.is_dir():
+        return path
+    beside = {entry.name for entry in path.parent.iterdir()} if path.parent.is_dir() else set()
+    hits = near(path.name, beside)
+    what = "is a file" if path.exists() else "does not exist"
+    hint = f"; near it are {hits}" if hits and not path.exists() else ""
+    raise UsageError(
+        f"{path} {what}",
+        f"RUN is the folder that crosspatch train wrote{hint}",
+        "name that folder first, such as runs/photos-1",
+    )

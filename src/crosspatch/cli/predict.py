@@ -1,0 +1,186 @@
+"""`crosspatch predict RUN IMAGES…`: names the class of files, folders and patterns."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from crosspatch.cli.options import Output, at_least, existing_run
+from crosspatch.errors import DataError, UsageError
+
+
+def predict(
+    run: Annotated[Path, Parameter(help="The folder of a trained run.")],
+    /,
+    *images: Annotated[str, Parameter(help="Files, folders, or patterns such as 'new/**/*.jpg'.")],
+    topk: Annotated[int, at_least(1, "--topk 3")] = 3,
+    csv: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    output: Output | None = None,
+) -> int:
+    """Name the class of pictures.
+
+    Parameters
+    ----------
+    topk
+        How many classes are named for each picture, most probable first.
+    csv
+        Write the answers to this table as well.
+    """
+    output = output or Output()
+    if not images:
+        raise UsageError(
+            "no picture is named",
+            "files, folders or patterns after the run",
+            f"crosspatch predict {run} PICTURES…",
+        )
+    existing_run(run)
+    check_target(csv)
+    paths, missing = find(images)
+
+    from crosspatch.cli.screen import Screen, print_json
+
+    with Screen(stderr=output.json) as screen:
+        from crosspatch.training.inference import Classifier
+
+        classifier = Classifier.open(run)
+        answers = classifier.probabilities(
+            paths, lambda done, total: screen.progress("predicting", done, total)
+        )
+        unreadable = missing + [(paths[one.index], one.reason) for one in answers.failures]
+        rows = [
+            {"path": paths[place], "top": _top(probs, classifier.classes, topk)}
+            for place, probs in zip(answers.ok, answers.probs, strict=True)
+        ]
+        if csv is not None:
+            write_table(csv, _table(rows, unreadable, min(topk, len(classifier.classes))))
+        if not output.json:
+            _print(screen, rows, unreadable)
+    if not rows:
+        raise DataError(
+            _nothing(unreadable),
+            "at least one whole picture (JPEG, PNG, WebP, BMP, GIF or TIFF)",
+            "check the names, or name a folder that holds pictures",
+        )
+    if output.json:
+        print_json({
+            "run": str(run),
+            "classes": classifier.classes,
+            "predictions": rows,
+            "unreadable": [{"path": path, "reason": reason} for path, reason in unreadable],
+        })  # fmt: skip
+    return 0
+
+
+def find(names: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """(files in the order given, each once; (name, reason) of what is not there or left out).
+
+    In folders, hidden files, litter of systems and files that are no pictures by their names are
+    passed over; what is named itself is always tried.
+    """
+    found: dict[str, None] = {}
+    missing: list[tuple[str, str]] = []
+    for name in names:
+        try:
+            files, left_out = _files(name)
+        except OSError as error:
+            files, left_out = [], [(name, (error.strerror or str(error)).lower())]
+        found.update(dict.fromkeys(files))
+        missing += left_out
+    return list(found), missing
+
+
+def _files(name: str) -> tuple[list[str], list[tuple[str, str]]]:
+    if os.path.isdir(name):
+        files, left_out = _inside(name)
+        return files, left_out or ([] if files else [(name, "no picture in this folder")])
+    if os.path.lexists(name):
+        return [name], []
+    if not glob.has_magic(name):
+        return [], [(name, "no such file")]
+    files = sorted(path for path in glob.iglob(name, recursive=True) if not os.path.isdir(path))
+    return files, [] if files else [(name, "no file has such a name")]
+
+
+def _inside(folder: str) -> tuple[list[str], list[tuple[str, str]]]:
+    from crosspatch.data.layout import PICTURE_ENDINGS
+    from crosspatch.data.trees import FolderTree
+
+    tree = FolderTree(folder)
+    endings = {key: os.path.splitext(key)[1].lower() for key in tree.files}
+    files = [key for key, end in endings.items() if not end or end in PICTURE_ENDINGS]
+    skipped = [(os.path.join(folder, one.path), one.reason) for one in tree.skipped]
+    return [os.path.join(folder, key) for key in files], skipped
+
+
+def check_target(path: Path | None) -> None:
+    """Raises UsageError, before any work, when a table cannot be written to `path`."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"would stand in {path.parent}, no such folder"
+        raise UsageError(f"--csv {path} {what}", "a file in a folder that exists", "--csv out.csv")
+    existed = path.exists()
+    try:
+        path.open("a", encoding="utf-8").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"--csv {path} cannot be written: {error.strerror}",
+            "a file that you may write",
+            "--csv out.csv",
+        ) from error
+
+
+def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Rows with the same keys as a CSV file (UTF-8, one header line)."""
+    rows = list(rows)
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["path"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _top(probs: Any, classes: tuple[str, ...], k: int) -> list[dict[str, Any]]:
+    order = (-probs).argsort(kind="stable")[:k]
+    return [{"class": classes[i], "probability": round(float(probs[i]), 6)} for i in order]
+
+
+def _table(
+    rows: list[dict[str, Any]], unreadable: list[tuple[str, str]], k: int
+) -> Iterator[dict[str, Any]]:
+    """path, class_1, probability_1 … class_k, probability_k, error: one row per picture."""
+    names = [f"{name}_{place}" for place in range(1, k + 1) for name in ("class", "probability")]
+    for row in rows:
+        values = [value for one in row["top"] for value in (one["class"], one["probability"])]
+        yield {"path": row["path"], **dict(zip(names, values, strict=True)), "error": ""}
+    for path, reason in unreadable:
+        yield {"path": path, **dict.fromkeys(names, ""), "error": reason}
+
+
+def _print(screen: Any, rows: list[dict[str, Any]], unreadable: list[tuple[str, str]]) -> None:
+    from rich.cells import cell_len
+
+    from crosspatch.cli import words
+
+    width = min(max((cell_len(row["path"]) for row in rows), default=0), 40)
+    for row in rows:
+        top = ", ".join(f"{one['class']} {words.percent(one['probability'])}" for one in row["top"])
+        path = words.visible(row["path"])
+        screen.line(f"{path + ' ' * (width - cell_len(path))}  {top}")
+    if unreadable and rows:
+        screen.line()
+        screen.line(f"{words.plural(len(unreadable), 'name')} could not be read", "yellow")
+        screen.unreadable(unreadable)
+
+
+def _nothing(unreadable: list[tuple[str, str]]) -> str:
+    path, reason = unreadable[0]
+    more = f" (and {len(unreadable) - 1:,} more)" if len(unreadable) > 1 else ""
+    return f"nothing could be read: {path}: {reason}{more}"

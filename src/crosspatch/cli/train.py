@@ -1,0 +1,155 @@
+"""`crosspatch train DATA`: chooses, says why, trains, reports."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter
+
+from crosspatch.cli import words
+from crosspatch.cli.options import DATA, Output, at_least, positive, seconds, side
+from crosspatch.errors import Interrupted, UsageError
+
+_FOLDER = Group("The run folder", sort_key=10)
+_BUDGET = Group("How long", sort_key=20)
+_CHOICES = Group("Choices it makes for you", sort_key=30)
+
+
+@Parameter(name="*", group=_FOLDER)
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Where the run is kept."""
+
+    out: Annotated[Path | None, Parameter(metavar="DIR", show_default="runs/DATA-1, -2, …")] = None
+    """The run folder."""
+
+    resume: bool = False
+    """Go on with an interrupted run (the newest of DATA, or --out)."""
+
+    overwrite: bool = False
+    """Delete the run that --out holds and start again."""
+
+
+@Parameter(name="*", group=_BUDGET)
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long it may train."""
+
+    time: Annotated[float | None, Parameter(converter=seconds, metavar="10m")] = None
+    """Fit the whole run into this time: 90s, 10m, 1.5h."""
+
+    epochs: Annotated[int | None, at_least(1, "--epochs 10")] = None
+    """Times that every picture is seen."""
+
+
+@Parameter(name="*", group=_CHOICES)
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the plan decides when it is not said."""
+
+    model: Annotated[str | None, Parameter(metavar="NAME")] = None
+    """The architecture, as crosspatch.list_models() or timm names it."""
+
+    size: Annotated[
+        int | tuple[int, int] | None, Parameter(converter=side, n_tokens=1, metavar="N|HxW")
+    ] = None
+    """Side of the pictures that the model sees, in pixels."""
+
+    fit: Literal["crop", "pad", "squash"] | None = None
+    """How a picture becomes a square, in training and ever after."""
+
+    batch: Annotated[int | None, at_least(1, "--batch 128")] = None
+    """Pictures per step."""
+
+    lr: Annotated[float | None, Parameter(converter=positive)] = None
+    """Peak learning rate."""
+
+    recipe: Annotated[str | None, Parameter(metavar="NAME", show_default="small")] = None
+    """The set of defaults."""
+
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Number format of the computation."""
+
+    compile: bool = False
+    """Use torch.compile: slow to start, faster after."""
+
+    workers: Annotated[int | None, at_least(0, "--workers 2")] = None
+    """Processes that read pictures."""
+
+    seed: Annotated[int | None, at_least(0, "--seed 0"), Parameter(show_default="0")] = None
+    """Number that every random choice follows from."""
+
+
+def train(
+    data: Annotated[str, Parameter(help=DATA)],
+    /,
+    *,
+    folder: Folder | None = None,
+    budget: Budget | None = None,
+    choices: Choices | None = None,
+    output: Output | None = None,
+) -> int:
+    """Train a classifier on a folder of pictures."""
+    folder, output = folder or Folder(), output or Output()
+    if folder.resume and folder.overwrite:
+        raise UsageError(
+            "--resume and --overwrite together",
+            "one goes on with the run, the other deletes it",
+            "leave one of them out",
+        )
+    out = folder.out or default_out(data, folder.resume)
+    overrides = _typed(budget or Budget()) | _typed(choices or Choices())
+
+    from crosspatch.cli.screen import Screen, print_json
+
+    with Screen(stderr=output.json) as screen:
+        from crosspatch.models.registry import create_model, list_models
+        from crosspatch.training.session import train_run
+
+        model = overrides.get("model")
+        if model and not list_models(model.split(".")[0]):
+            create_model(model)  # refuses the name, before any picture is read
+        try:
+            summary = train_run(data, out, overrides, screen, folder.resume, folder.overwrite)
+        except Interrupted as stop:
+            do = words.command("crosspatch", "train", data, "--out", out, "--resume")
+            raise Interrupted(stop.got, stop.expected, do) from stop
+    if output.json:
+        print_json(summary)
+    return 0
+
+
+def _typed(options: Budget | Choices) -> dict:
+    """What was asked for: options left alone are the plan's to choose."""
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in values.items() if not (value is None or value is False)}
+
+
+def default_out(data: str, resume: bool, base: Path = Path("runs")) -> Path:
+    """`runs/DATA-N` with the next N, or with `resume` the newest; raises UsageError without any."""
+    path = Path(data)
+    name = path.name or path.resolve().name
+    name = re.sub(r"\.(zip|tar|tgz|txz|tbz2?|tar\.\w+)$", "", name, flags=re.IGNORECASE) or "run"
+    name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+    taken = {}
+    for found in base.iterdir() if base.is_dir() else ():
+        stem, _, number = found.name.rpartition("-")
+        if stem == name and number.isdecimal() and not _unused(found):
+            taken[int(number)] = found
+    if not resume:
+        return base / f"{name}-{max(taken, default=0) + 1}"
+    if not taken:
+        raise UsageError(
+            f"no run of {data} in {base}/",
+            "--resume goes on with a run that was begun",
+            "leave --resume out, or name the run with --out DIR",
+        )
+    return taken[max(taken)]
+
+
+def _unused(folder: Path) -> bool:
+    """Whether a folder was made for a run that never began (its command was refused)."""
+    return folder.is_dir() and all(entry.name == ".lock" for entry in folder.iterdir())

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data: from files to batches. Nothing is imported here, so that decoding stays free of torch.
+
+decode      one picture: bytes -> upright 8-bit RGB; the only image opener
+preprocess  how every picture becomes one size, in training and ever after
+sources     a folder, an archive or the embedded digits -> classes and items
+trees       where a source's files lie: folder, zip, tar (in place, nothing is extracted)
+split       train, val and test: by folders, or seeded and stratified
+prepare     decode everything once: find the unreadable, fill the shared buffer
+augment     batched augmentation, a pure function of (seed, epoch, position)
+loading     batches in an order that depends on seed and epoch alone
+"""

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the paths of a data set mean: which folder is a class, which a split, which file a picture.
+
+Pure functions of names, alike for folders and archives. Nothing is guessed: whatever could mean two
+things is an error that says what to rename.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from crosspatch.data.skipped import Skipped
+from crosspatch.data.trees import Tree
+from crosspatch.errors import DataError, near
+
+SPLITS = ("train", "val", "test")
+
+_READ = "jpg jpeg jpe jfif mpo png apng webp bmp dib gif tif tiff"
+_KNOWN = "heic heif avif jp2 j2k jxl psd eps svg ico icns dds fits dcm ppm pgm tga"
+PICTURE_ENDINGS = frozenset(f".{ending}" for ending in f"{_READ} {_KNOWN}".split())
+"""Files so named are taken for pictures; those of a format we do not read are then listed by
+name."""
+
+_MEANT = {
+    "train": "train training trainset train_set",
+    "val": "val valid validate validation dev eval valset val_set",
+    "test": "test testing tests testset test_set",
+}
+_MEANING = {alias: split for split, aliases in _MEANT.items() for alias in aliases.split()}
+
+
+class Placed(NamedTuple):
+    """One picture: `path` in the tree, `key` below the root (they differ under a top folder)."""
+
+    path: str
+    key: str
+    label: int
+    split: str | None
+
+
+@dataclass
+class Layout:
+    """The meaning of a tree: classes, pictures in the order of their keys, what was left out."""
+
+    classes: tuple[str, ...]
+    files: list[Placed] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def lay_out(tree: Tree, told: str, *, look_through: bool = False) -> Layout:
+    """Find classes, splits and pictures. `told` names the data in errors; `look_through` takes a
+    single top folder for the root. Raises DataError (see `sources.open_source`)."""
+    pictures, skipped = _pictures(tree)
+    if not pictures:
+        raise DataError(
+            f"{told} holds no picture",
+            "Each class is a folder with its pictures inside (.jpg, .png, .webp, .bmp, .gif, .tif)",
+            "Give the folder that holds the class folders",
+        )
+    top = _single_top(tree) if look_through else ""
+    keys = {path.removeprefix(top): path for path in pictures}
+    folders = {folder.removeprefix(top) for folder in tree.folders if folder.startswith(top)}
+    splits = _split_folders(keys, folders, told)
+    depth = 1 if splits else 0
+    classes = _classes(keys, folders, splits, told)
+    label = {name: number for number, name in enumerate(classes)}
+    layout = Layout(classes, skipped=skipped)
+    for key in sorted(keys):
+        parts = key.split("/")
+        if len(parts) < depth + 2:
+            layout.skipped.append(Skipped(key, "not in a class folder"))
+        else:
+            split = parts[0] if splits else None
+            layout.files.append(Placed(keys[key], key, label[parts[depth]], split))
+    return layout
+
+
+def _pictures(tree: Tree) -> tuple[list[str], list[Skipped]]:
+    pictures, skipped = [], []
+    for path in tree.files:
+        ending = os.path.splitext(path)[1].lower()
+        if not ending or ending in PICTURE_ENDINGS:
+            pictures.append(path)
+        else:
+            skipped.append(Skipped(path, f"not a picture by its name ({ending})"))
+    return pictures, skipped
+
+
+def _single_top(tree: Tree) -> str:
+    """`name/` when everything lies in one folder that is itself no class and no split, else ""."""
+    tops = {path.split("/", 1)[0] for path in (*tree.files, *tree.folders)}
+    if len(tops) != 1:
+        return ""
+    (top,) = tops
+    has_folders = any(folder.startswith(f"{top}/") for folder in tree.folders)
+    return f"{top}/" if has_folders and top.lower() not in _MEANING else ""
+
+
+def _split_folders(keys: dict[str, str], folders: set[str], told: str) -> set[str]:
+    """The split folders present, an empty set for plain class folders.
+
+    A folder called train, val or the like is a split when it holds folders and no pictures of its
+    own; a class may be called `val` as well.
+    """
+    with_pictures = {key.split("/")[0] for key in keys if key.count("/") == 1}
+    with_folders = {folder.split("/")[0] for folder in folders if "/" in folder}
+    meant = {name for name in with_folders - with_pictures if name.lower() in _MEANING}
+    if not meant:
+        return set()
+    for name in sorted(meant - set(SPLITS)):
+        raise DataError(
+            f"{told} holds a folder called {name!r}",
+            f"Splits are called {', '.join(SPLITS)}",
+            f"Rename {name} to {_MEANING[name.lower()]}",
+        )
+    if "train" not in meant:
+        raise DataError(
+            f"{told} holds {' and '.join(sorted(meant))} but no train",
+            f"Of {', '.join(SPLITS)}, train must be there",
+            "Add train, or give plain class folders to have them split",
+        )
+    beside = sorted({key.split("/")[0] for key in keys if "/" in key} - meant)
+    if beside:
+        hint = near(beside[0], set(SPLITS) - meant, 1)
+        raise DataError(
+            f"{told} holds pictures in {', '.join(beside[:5])} beside {', '.join(sorted(meant))}",
+            f"Beside train, only {', '.join(SPLITS[1:])} are read",
+            f"Rename {beside[0]} to {hint}" if hint else f"Move {beside[0]} elsewhere",
+        )
+    return meant
+
+
+def _classes(
+    keys: dict[str, str], folders: set[str], splits: set[str], told: str
+) -> tuple[str, ...]:
+    found = {
+        split: _class_counts(keys, folders, f"{split}/" if split else "")
+        for split in (splits or {""})
+    }
+    counts = found["train" if splits else ""]
+    _require_classes(counts, told)
+    for split in sorted(splits - {"train"}):
+        unknown = sorted(name for name in found[split] if found[split][name] and name not in counts)
+        if unknown:
+            raise DataError(
+                f"{told}: {split} holds the class {unknown[0]!r}, which train lacks",
+                f"Classes of train near it: {near(unknown[0], counts) or 'none'}",
+                "Rename the folder, or add the class to train",
+            )
+    return tuple(sorted(counts))
+
+
+def _class_counts(keys: dict[str, str], folders: set[str], below: str) -> Counter[str]:
+    """Pictures per class folder below `below`, empty folders with 0."""
+    inside = (folder.removeprefix(below) for folder in folders if folder.startswith(below))
+    counts: Counter[str] = Counter({name: 0 for name in inside if name and "/" not in name})
+    counts.update(
+        key.removeprefix(below).split("/")[0]
+        for key in keys
+        if key.startswith(below) and "/" in key.removeprefix(below)
+    )
+    return counts
+
+
+def _require_classes(counts: Counter[str], told: str) -> None:
+    empty = sorted(name for name, count in counts.items() if count == 0)
+    strange = sorted(name for name in counts if not name.isprintable())
+    if strange:
+        raise DataError(
+            f"{told} holds a class called {strange[0]!r}",
+            "A class name is one line of printable characters",
+            "Rename the folder",
+        )
+    if len(counts) < 2:
+        names = "".join(f" ({name})" for name in counts)
+        raise DataError(
+            f"{told} holds {'one class' if counts else 'no class folder'}{names}",
+            "A classifier needs at least two classes, each a folder of pictures",
+            "Give the folder that holds the class folders",
+        )
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise DataError(
+            f"{told} holds no picture of {', '.join(empty[:5])}{more}",
+            "Every class folder holds at least one picture",
+            "Add pictures, or remove the folder",
+        )

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DATA: a folder of class folders, one with train/ val/ test/, an archive of either, or `digits`.
+
+The folder's name is the class. Class folders are read to any depth. A file counts as a picture by
+the end of its name (or when it has none); whether it is one, `prepare` finds out. Hidden files and
+what file managers leave behind are invisible. Of an archive with one top folder, that folder is the
+root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from crosspatch.data.archives import ARCHIVES, is_archive, open_archive
+from crosspatch.data.decode import UnreadableImage, decode, picture_size
+from crosspatch.data.layout import Layout, lay_out
+from crosspatch.data.skipped import Skipped
+from crosspatch.data.trees import FolderTree, Tree
+from crosspatch.errors import UsageError, near
+
+_HEAD = 1 << 17  # nearly every picture tells its size in here
+
+DIGITS = "digits"
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture. `key`: posix path below the root, unique; `label`: index into the classes;
+    `split`: "train", "val" or "test" where the folders say so, else None."""
+
+    key: str
+    label: int
+    split: str | None
+
+
+class Source(ABC):
+    """Classes and items of a data set, and the way to each picture's bytes.
+
+    `name`: short, for run folders. `classes`: sorted names. `items`: ordered by key. `skipped`:
+    files that are left out by their name or place (unreadable pictures are found by `prepare`). A
+    source holds no open file: it may be pickled and used from forked workers.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    items: tuple[Item, ...]
+    skipped: list[Skipped]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,): the label of every item."""
+        return np.fromiter((item.label for item in self.items), np.int64, len(self.items))
+
+    @abstractmethod
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The file's bytes, or a uint8 array (H, W, 3). Raises UnreadableImage."""
+
+    def image(self, index: int, *, side: int | None = None) -> Image.Image:
+        """The picture, upright and RGB; `side` as in `decode`. Raises UnreadableImage."""
+        data = self.read(index)
+        if isinstance(data, bytes):
+            return decode(data, side=side, name=self.items[index].key)
+        return Image.fromarray(data)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels of the upright picture. Raises UnreadableImage."""
+        picture = self.image(index)
+        return picture.height, picture.width
+
+    def fingerprint(self) -> str:
+        """A digest (hex) of the classes and of every item's key, size and label."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for item, size in zip(self.items, self._sizes(), strict=True):
+            digest.update(f"\0{item.key}\0{size}\0{item.label}".encode())
+        return digest.hexdigest()
+
+    @abstractmethod
+    def _sizes(self) -> list[int]:
+        """A number per item that changes when its file does."""
+
+
+class TreeSource(Source):
+    """A source whose pictures are the files of a tree (folder, zip, tar)."""
+
+    def __init__(self, name: str, tree: Tree, layout: Layout) -> None:
+        self.name, self.classes = name, layout.classes
+        self.items = tuple(Item(file.key, file.label, file.split) for file in layout.files)
+        self.skipped = sorted([*tree.skipped, *layout.skipped], key=lambda one: one.path)
+        self._tree, self._paths = tree, [file.path for file in layout.files]
+
+    def read(self, index: int) -> bytes:
+        return self._tree.read(self._paths[index])
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        head, name = self._tree.read(self._paths[index], _HEAD), self.items[index].key
+        try:
+            return picture_size(head, name=name)
+        except UnreadableImage:
+            if len(head) < _HEAD:
+                raise
+        return picture_size(self.read(index), name=name)
+
+    def _sizes(self) -> list[int]:
+        return [self._tree.files[path] for path in self._paths]
+
+
+class DigitsSource(Source):
+    """The 1,797 scanned digits that scikit-learn ships: 8x8 grey, ten classes."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.name, self.skipped = DIGITS, []
+        self.classes = tuple(str(name) for name in digits.target_names)
+        order = np.argsort(digits.target, kind="stable")
+        grey = np.rint(digits.images[order] * (255 / 16)).astype(np.uint8)
+        self._pictures = np.repeat(grey[..., None], 3, axis=3)
+        self.items = tuple(
+            Item(f"{self.classes[label]}/{row:04d}", int(label), None)
+            for row, label in zip(order, digits.target[order], strict=True)
+        )
+
+    def read(self, index: int) -> np.ndarray:
+        return self._pictures[index]
+
+    def _sizes(self) -> list[int]:
+        return [int(picture.sum()) for picture in self._pictures]
+
+
+def open_source(spec: str | Path) -> Source:
+    """Open DATA: a folder, an archive, or the word "digits" (a folder of that name: "./digits").
+
+    Raises UsageError for a path that does not exist or is no kind of DATA, DataError for data that
+    cannot be trained on: no picture, a single class, an empty class, broken archives, wrong splits.
+    """
+    if spec == DIGITS:
+        return DigitsSource()
+    path = Path(spec)
+    if not path.exists():
+        raise _missing(path)
+    try:
+        return _open_path(path)
+    except OSError as problem:
+        raise UsageError(
+            f"cannot read {path} ({problem.strerror or problem})",
+            "DATA is a folder or an archive that you may read",
+            "Check its permissions, or give another path",
+        ) from problem
+
+
+def _open_path(path: Path) -> Source:
+    if path.is_dir():
+        tree = FolderTree(path)
+        return TreeSource(_name(path), tree, lay_out(tree, str(path)))
+    if path.name.lower().endswith(TABLES):
+        raise UsageError(
+            f"{path} is a table",
+            "DATA is a folder of class folders, an archive of one, or digits; tables come later",
+            "Put the pictures into one folder per class",
+        )
+    if not is_archive(path):
+        raise UsageError(
+            f"{path} is a single file, and no archive",
+            f"DATA is a folder of class folders, or one packed as {' '.join(ARCHIVES)}",
+            "Give the folder that holds the class folders",
+        )
+    tree = open_archive(path)
+    return TreeSource(_name(path), tree, lay_out(tree, str(path), look_through=True))
+
+
+def _name(path: Path) -> str:
+    name = path.resolve().name
+    ending = next((end for end in ARCHIVES if path.is_file() and name.lower().endswith(end)), "")
+    return name[: len(name) - len(ending)] or "data"
+
+
+def _missing(path: Path) -> UsageError:
+    parent = path.parent
+    beside = near(path.name, os.listdir(parent)) if parent.is_dir() else ""
+    return UsageError(
+        f"{path} does not exist",
+        "DATA is a folder of class folders, an archive of one, or the word digits",
+        f"Did you mean {beside}" if beside else "Check the path, or try: crosspatch train digits",
+    )

@@ -1,0 +1,47 @@
+"""Every error a user can meet has three parts and an exit code.
+
+`got` says what we found, `expected` what we need, `do` what to type. Nothing here imports anything,
+so every room of the house may raise these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CrosspatchError(Exception):
+    """An error with three parts: what we got, what we expect, what to type."""
+
+    exit_code = 5
+
+    def __init__(self, got: str, expected: str, do: str) -> None:
+        super().__init__(f"{got}. {expected}. {do}.")
+        self.got, self.expected, self.do = got, expected, do
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.got, self.expected, self.do)
+
+
+class UsageError(CrosspatchError, ValueError):
+    """The command or an argument is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(CrosspatchError, ValueError):
+    """The data cannot be used as it is (exit code 3)."""
+
+    exit_code = 3
+
+
+class Interrupted(CrosspatchError):
+    """Stopped by the user; the run can be continued (exit code 4)."""
+
+    exit_code = 4
+
+
+def near(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names most like `name`, as text for an error, or an empty string."""
+    hits = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+    return ", ".join(hits)

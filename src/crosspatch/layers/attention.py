@@ -1,0 +1,171 @@
+"""Multi-head attention: over all tokens (with what a reducer may ask of it), and by one query."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crosspatch.layers.tokens import AttentionStats
+
+Norm = Callable[[int], nn.Module]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with free query-key and value widths (DeiT's where they equal
+    `dim`).
+
+    heads, qk, value: number of heads and the TOTAL widths of queries (= keys) and of values.
+    shares: this layer has values only and is given another layer's map.
+    Parameters carry timm's names: `qkv` (rows: queries, keys, values), `q_norm`, `k_norm`, `proj`.
+    Raises ValueError where a width is not divisible by the heads.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        qk: int | None = None,
+        value: int | None = None,
+        *,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: Norm | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        shares: bool = False,
+    ) -> None:
+        super().__init__()
+        qk, value = dim if qk is None else qk, dim if value is None else value
+        if qk % heads or value % heads:
+            raise ValueError(
+                f"widths {qk} (query-key) and {value} (value) must divide by {heads} heads"
+            )
+        self.num_heads = heads
+        self.qk_width = 0 if shares else qk
+        self.value_width = value
+        self.scale = (qk // heads) ** -0.5 if self.qk_width else 1.0
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 2 * self.qk_width + value, bias=qkv_bias)
+        make = nn.Identity if qk_norm is None or shares else partial(qk_norm, qk // heads)
+        self.q_norm, self.k_norm = make(), make()
+        self.proj = nn.Linear(value, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: (B, N, C), bias: (B, N) on the keys or None. Returns (B, N, C)."""
+        q, k, v = self.project(x)
+        return self.merge_heads(self._fused(q, k, v, bias))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (B, H, N, qk/H) and values (B, H, N, value/H) of x (B, N, C)."""
+        q, k, v = self.qkv(x).split([self.qk_width, self.qk_width, self.value_width], dim=-1)
+        return self.q_norm(self._heads(q)), self.k_norm(self._heads(k)), self._heads(v)
+
+    def qk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, H, N, qk/H) alone."""
+        rows = 2 * self.qk_width
+        b = self.qkv.bias[:rows] if self.qkv.bias is not None else None
+        q, k = F.linear(x, self.qkv.weight[:rows], b).chunk(2, dim=-1)
+        return self.q_norm(self._heads(q)), self.k_norm(self._heads(k))
+
+    def values(self, x: Tensor) -> Tensor:
+        """Values (B, H, N, value/H) alone."""
+        rows = 2 * self.qk_width
+        b = self.qkv.bias[rows:] if self.qkv.bias is not None else None
+        return self._heads(F.linear(x, self.qkv.weight[rows:], b))
+
+    def map(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The attention map (B, H, Nq, Nk) that the fused kernel never shows."""
+        logits = (q * self.scale) @ k.transpose(-2, -1)
+        if bias is not None:
+            logits = logits + bias[:, None, None, :].to(logits.dtype)
+        return logits.softmax(dim=-1)
+
+    def class_row(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, H, N): the first row of the map, 1/N of its cost, beside the fused kernel."""
+        return self.map(q[:, :, :1], k, bias)[:, :, 0]
+
+    def apply_map(self, attention: Tensor, v: Tensor) -> Tensor:
+        """Output (B, N, C) of a map (B, H, N, Nk) on values (B, H, Nk, value/H)."""
+        dropped = F.dropout(attention, self.attn_drop, self.training)
+        return self.merge_heads(dropped @ v)
+
+    def inspected(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        needs: frozenset[str],
+        between: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, AttentionStats]:
+        """`forward` together with what `needs` names of keys, class row and full map."""
+        q, k, v = self.project(x)
+        keys = k if "keys" in needs else None
+        row = self.class_row(q, k, bias) if "class_row" in needs else None
+        if "full_map" not in needs:
+            return self.merge_heads(self._fused(q, k, v, bias)), AttentionStats(keys, row)
+        attention = self.map(q, k, bias)
+        used = between(attention) if between is not None else attention
+        return self.apply_map(used, v), AttentionStats(keys, row, attention)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        """(B, H, N, d) to the projected output (B, N, C)."""
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        mask = bias[:, None, None, :].to(q.dtype) if bias is not None else None
+        p = self.attn_drop if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, scale=self.scale)
+
+
+class CrossAttention(nn.Module):
+    """Attention by the first token of a sequence over the whole of it, itself included.
+
+    Linear in the number of tokens: only that one query is projected. Parameters carry the names of
+    the CrossViT authors: `wq`, `wk`, `wv`, `proj`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"a width of {dim} must divide by {heads} heads")
+        self.num_heads = heads
+        self.attn_drop = attn_drop
+        self.wq = nn.Linear(dim, dim, bias=qkv_bias)
+        self.wk = nn.Linear(dim, dim, bias=qkv_bias)
+        self.wv = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: (B, N, C), bias: (B, N) on the keys or None. Returns (B, 1, C)."""
+        q, k, v = self._heads(self.wq(x[:, :1])), self._heads(self.wk(x)), self._heads(self.wv(x))
+        mask = bias[:, None, None, :].to(q.dtype) if bias is not None else None
+        p = self.attn_drop if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+    def class_row(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, H, N): the attention of the query over the tokens of x (B, N, C)."""
+        q, k = self._heads(self.wq(x[:, :1])), self._heads(self.wk(x))
+        logits = (q * (q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
+        if bias is not None:
+            logits = logits + bias[:, None, None, :].to(logits.dtype)
+        return torch.softmax(logits, dim=-1)[:, :, 0]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

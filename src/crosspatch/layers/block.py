@@ -1,0 +1,203 @@
+"""The pre-norm transformer block with free widths, and the run of a list of them over a token
+state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import crosspatch._torchvision  # noqa: F401
+
+import torch
+import torch.utils.checkpoint
+from timm.layers import DropPath, LayerScale
+from torch import Tensor, nn
+
+from crosspatch.layers.attention import Attention
+from crosspatch.layers.mlp import Mlp
+from crosspatch.layers.tokens import Reducer, TokenState
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The shape of one block.
+
+    heads, qk, value: of the attention, widths in total; heads = 0 leaves the attention out.
+    hidden: of the MLP; 0 leaves it out. exists: False makes the block an identity that keeps its
+    place. shares: index of an earlier block whose attention map this one reads, or None.
+    """
+
+    heads: int
+    qk: int
+    value: int
+    hidden: int
+    exists: bool = True
+    shares: int | None = None
+
+    @classmethod
+    def uniform(cls, width: int, heads: int, mlp_ratio: float) -> BlockSpec:
+        """The usual block: attention as wide as the tokens, MLP of `mlp_ratio` times that."""
+        return cls(heads, width, width, int(width * mlp_ratio))
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What all blocks of a network have in common besides their shapes."""
+
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    qk_norm: bool = False
+    init_values: float | None = None
+    norm: Callable[[int], nn.Module] = field(default=partial(nn.LayerNorm, eps=1e-6))
+    act: Callable[[], nn.Module] = nn.GELU
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+
+class Block(nn.Module):
+    """x += DropPath(LayerScale(Attention(LN x))); x += DropPath(LayerScale(MLP(LN x))).
+
+    Parameters carry timm's names. `spec` may leave out either half.
+    """
+
+    def __init__(
+        self, dim: int, spec: BlockSpec, options: BlockOptions, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.attn: Any = None
+        self.mlp: Any = None
+        if spec.heads:
+            self.norm1 = options.norm(dim)
+            self.attn = Attention(
+                dim,
+                spec.heads,
+                spec.qk,
+                spec.value,
+                qkv_bias=options.qkv_bias,
+                proj_bias=options.proj_bias,
+                qk_norm=options.norm if options.qk_norm else None,
+                attn_drop=options.attn_drop,
+                proj_drop=options.proj_drop,
+                shares=spec.shares is not None,
+            )
+            self.ls1, self.drop_path1 = _residual(dim, options, drop_path)
+        if spec.hidden:
+            self.norm2 = options.norm(dim)
+            self.mlp = Mlp(
+                dim,
+                spec.hidden,
+                act=options.act,
+                bias=options.proj_bias,
+                drop=options.proj_drop,
+            )
+            self.ls2, self.drop_path2 = _residual(dim, options, drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, N, C)."""
+        if self.attn is not None:
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return self.add_mlp(x)
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """The second half of the block."""
+        if self.mlp is None:
+            return x
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def add_attention(self, x: Tensor, y: Tensor) -> Tensor:
+        """x plus the attention's output y, scaled and dropped as the block does."""
+        return x + self.drop_path1(self.ls1(y))
+
+
+def _residual(dim: int, options: BlockOptions, rate: float) -> tuple[nn.Module, nn.Module]:
+    scale = nn.Identity()
+    if options.init_values is not None:
+        scale = LayerScale(dim, init_values=options.init_values)
+    return scale, DropPath(rate) if rate > 0 else nn.Identity()
+
+
+def make_blocks(
+    dim: int, specs: Iterable[BlockSpec], options: BlockOptions, drop_paths: Sequence[float]
+) -> list[nn.Module]:
+    """One module per spec; a block that does not exist is an identity without parameters."""
+    return [
+        Block(dim, spec, options, rate) if spec.exists else nn.Identity()
+        for spec, rate in zip(specs, drop_paths, strict=True)
+    ]
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    state: TokenState,
+    *,
+    first: int = 0,
+    reducer: Reducer | None = None,
+    collect: Collection[int] = (),
+    checkpointing: bool = False,
+    maps: dict[int, Tensor] | None = None,
+) -> tuple[TokenState, dict[int, TokenState]]:
+    """Run the blocks numbered `first`, `first + 1`, … over the state.
+
+    collect: block numbers whose output state is returned too, by number. maps: attention maps of
+    earlier blocks that later ones share; filled on the way.
+    """
+    maps = {} if maps is None else maps
+    shared = {b.spec.shares for b in blocks if isinstance(b, Block)} - {None}
+    collected: dict[int, TokenState] = {}
+    for number, block in enumerate(blocks, first):
+        if isinstance(block, Block):
+            hooked = reducer if reducer is not None and reducer.active(number) else None
+            state = _run_block(block, state, number, hooked, shared, maps, checkpointing)
+        if number in collect:
+            collected[number] = state
+    return state, collected
+
+
+def _run_block(
+    block: Block,
+    state: TokenState,
+    number: int,
+    reducer: Reducer | None,
+    shared: set,
+    maps: dict[int, Tensor],
+    checkpointing: bool,
+) -> TokenState:
+    if reducer is not None and block.attn is not None and block.spec.shares is None:
+        return _hooked(block, state, number, reducer)
+    if block.spec.shares is not None or number in shared:
+        return state._replace(tokens=_sharing(block, state.tokens, number, maps))
+    if checkpointing and torch.is_grad_enabled():
+        run = partial(torch.utils.checkpoint.checkpoint, block, use_reentrant=False)
+    else:
+        run = block
+    return state._replace(tokens=run(state.tokens))
+
+
+def _sharing(block: Block, x: Tensor, number: int, maps: dict[int, Tensor]) -> Tensor:
+    """A block that shows its attention map to later ones, or reads an earlier one's."""
+    attn, normed = block.attn, block.norm1(x)
+    if block.spec.shares is None:
+        q, k, v = attn.project(normed)
+        maps[number] = attn.map(q, k)
+    else:
+        v = attn.values(normed)
+        maps[number] = maps[block.spec.shares]
+    return block.add_mlp(block.add_attention(x, attn.apply_map(maps[number], v)))
+
+
+def _hooked(block: Block, state: TokenState, number: int, reducer: Reducer) -> TokenState:
+    """A block with an active reducer: each hook at its place."""
+    state = reducer.before_attention(state, number)
+    y, stats = block.attn.inspected(
+        block.norm1(state.tokens),
+        reducer.bias(state, number),
+        reducer.needs,
+        partial(reducer.between, state=state, block=number),
+    )
+    state = state._replace(tokens=block.add_attention(state.tokens, y))
+    state = reducer.after_attention(state, number, stats)
+    state = state._replace(tokens=block.add_mlp(state.tokens))
+    return reducer.after_block(state, number)

@@ -1,0 +1,63 @@
+"""From images to a grid of patch tokens: one convolution, or a small convolutional stem."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(size, size), or the pair itself."""
+    if isinstance(size, int):
+        return size, size
+    rows, columns = size
+    return int(rows), int(columns)
+
+
+def flatten_grid(x: Tensor) -> Tensor:
+    """(B, C, h, w) to (B, h*w, C), row by row."""
+    return x.flatten(2).transpose(1, 2)
+
+
+class PatchEmbed(nn.Module):
+    """One convolution whose kernel and stride are the patch; (B, C, H, W) to (B, h*w, dim)."""
+
+    def __init__(
+        self, in_chans: int, dim: int, patch_size: int | tuple[int, int], *, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, pair(patch_size), pair(patch_size), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return flatten_grid(self.proj(x))
+
+
+class ConvStem(nn.Module):
+    """3x3 convolutions with batch norm down to the patch grid, for small pictures.
+
+    One layer at full resolution, then one of stride 2 per factor of two in `patch_size`, the widths
+    doubling up to `dim`. Where plain patches of 32x32 pictures learn slowly, the few local filters
+    learn at once (Xiao et al., "Early Convolutions Help Transformers See Better", arXiv
+    2106.14881). (B, C, H, W) to (B, h*w, dim). Raises ValueError where the patch is no power of
+    two.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, *, first: int = 1) -> None:
+        super().__init__()
+        steps = round(math.log2(patch_size))
+        if 2**steps != patch_size or steps < 1:
+            raise ValueError(
+                f"a convolutional stem takes a patch of 2, 4, 8 or 16, not {patch_size}"
+            )
+        widths = [max(8, dim >> (steps - i)) for i in range(steps)] + [dim]
+        layers, previous = [], in_chans
+        for i, width in enumerate(widths):
+            stride = first if i == 0 else 2
+            layers += [nn.Conv2d(previous, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)]
+            layers += [nn.ReLU()] if i < steps else []
+            previous = width
+        self.proj = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return flatten_grid(self.proj(x))

@@ -1,0 +1,90 @@
+"""Stages of blocks with a width of their own, and the reduction between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from crosspatch.layers.block import BlockOptions, BlockSpec, make_blocks
+from crosspatch.layers.tokens import TokenState
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A run of blocks of one width. `stride` is that of the reduction BEFORE the stage.
+
+    A stage whose width differs from the one before, or whose stride is above 1, begins with a
+    `StageReduction`.
+    """
+
+    width: int
+    blocks: tuple[BlockSpec, ...]
+    stride: int = 1
+
+
+class StageReduction(nn.Module):
+    """Between stages: patches by a strided convolution over their grid, prefix tokens by a Linear.
+
+    Needs the full grid: raises ValueError for a state with a subset of the patches.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.patches = nn.Conv2d(dim_in, dim_out, 2 * stride - 1, stride, stride - 1)
+        self.prefix = nn.Linear(dim_in, dim_out)
+
+    def forward(self, state: TokenState) -> TokenState:
+        if state.source is not None:
+            raise ValueError("a reduction between stages needs every patch of the grid")
+        image = state.patches.transpose(1, 2).unflatten(2, state.grid)
+        image = self.patches(image)
+        prefix = self.prefix(state.tokens[:, : state.n_prefix])
+        tokens = torch.cat([prefix, image.flatten(2).transpose(1, 2)], dim=1)
+        return state._replace(tokens=tokens, grid=(image.shape[2], image.shape[3]))
+
+
+def build_stages(
+    stages: Sequence[StageSpec], options: BlockOptions, rate: float
+) -> tuple[nn.Sequential, nn.ModuleDict]:
+    """The blocks of all stages in one list, and by stage number the reductions before them.
+
+    `rate` is the stochastic depth of the last block, linear from 0 at the first.
+    """
+    depth = sum(len(stage.blocks) for stage in stages)
+    rates = iter(torch.linspace(0, rate, depth, device="cpu").tolist())
+    blocks, reductions, width = [], nn.ModuleDict(), stages[0].width
+    for number, stage in enumerate(stages):
+        if stage.width != width or stage.stride > 1:
+            reductions[str(number)] = StageReduction(width, stage.width, stage.stride)
+        width = stage.width
+        mine = [next(rates) for _ in stage.blocks]
+        blocks += make_blocks(width, stage.blocks, options, mine)
+    _check_sharing([spec for stage in stages for spec in stage.blocks])
+    return nn.Sequential(*blocks), reductions
+
+
+def _check_sharing(specs: Sequence[BlockSpec]) -> None:
+    for number, spec in enumerate(specs):
+        if spec.shares is None:
+            continue
+        donor = specs[spec.shares] if 0 <= spec.shares < number else None
+        if donor is None or not donor.exists or donor.heads != spec.heads:
+            raise ValueError(
+                f"block {number} shares the attention of block {spec.shares}; expected an earlier, "
+                f"existing block with {spec.heads} heads"
+            )
+
+
+def truncated(stages: Sequence[StageSpec], depth: int) -> tuple[StageSpec, ...]:
+    """The stages cut to their first `depth` blocks."""
+    kept = []
+    for stage in stages:
+        blocks = stage.blocks[: max(0, depth)]
+        depth -= len(stage.blocks)
+        if blocks:
+            kept.append(StageSpec(stage.width, blocks, stage.stride))
+    return tuple(kept)

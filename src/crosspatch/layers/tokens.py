@@ -1,0 +1,206 @@
+"""The state of a token sequence, passed explicitly through the blocks, and what a reducer may do to
+it.
+
+Nothing here is stored on a module: a state is a NamedTuple, so compile, export, checkpointing,
+deepcopy and pickle accept it. A reduction is data (`Merge`), applied by the trunk as one gather and
+one product with a 0/1 matrix; pruning is a merge of nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenState(NamedTuple):
+    """Tokens with what is known of them.
+
+    tokens: (B, N, C), prefix tokens (class, distillation, registers) first.
+    sizes: (B, N) float32, how many patches each token stands for, or None while all are one.
+    source: (B, P) int64, for every patch of the full grid the index in `tokens` that stands for it
+    now
+        (-1: unseen or dropped), or None while patch p is token n_prefix + p.
+    n_prefix: number of prefix tokens, never reduced.
+    grid: (rows, columns) of the full patch grid, rows * columns = P.
+    carry: whatever a reducer hands to its next block, a NamedTuple of its own, or None.
+    """
+
+    tokens: Tensor
+    sizes: Tensor | None
+    source: Tensor | None
+    n_prefix: int
+    grid: tuple[int, int]
+    carry: Any = None
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, N - n_prefix, C): the tokens without the prefix."""
+        return self.tokens[:, self.n_prefix :]
+
+    @property
+    def full_source(self) -> Tensor:
+        """(B, P) int64: `source`, spelled out where it is None."""
+        if self.source is not None:
+            return self.source
+        count = self.grid[0] * self.grid[1]
+        index = torch.arange(count, device=self.tokens.device) + self.n_prefix
+        return index.expand(self.tokens.shape[0], count)
+
+    @property
+    def full_sizes(self) -> Tensor:
+        """(B, N) float32: `sizes`, spelled out where it is None."""
+        if self.sizes is not None:
+            return self.sizes
+        return torch.ones(self.tokens.shape[:2], device=self.tokens.device)
+
+
+class Merge(NamedTuple):
+    """A reduction from N tokens to T', as indices.
+
+    keep: (B, T') indices of the tokens that stay, prefix included and first.
+    src: (B, r) indices of the tokens that are merged away; r = 0 is pruning.
+    dst: (B, r) positions in the KEPT sequence (0 .. T'-1) that each of them joins.
+    """
+
+    keep: Tensor
+    src: Tensor
+    dst: Tensor
+
+
+class AttentionStats(NamedTuple):
+    """What an attention layer shows to a reducer that asked for it; the rest is None.
+
+    keys: (B, heads, N, d). class_row: (B, heads, N), attention of the first token. full_map:
+    (B, heads, N, N).
+    """
+
+    keys: Tensor | None = None
+    class_row: Tensor | None = None
+    full_map: Tensor | None = None
+
+
+class Reducer(nn.Module):
+    """The seam of token reduction: hooks over an explicit state, every one of them optional.
+
+    `needs` names what the attention must show: "keys", "class_row", "full_map". A block for which
+    `active` is false takes the untouched path. A subclass resolves its schedule when it is built.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def active(self, block: int) -> bool:
+        """Whether the hooks run at this block (0-based over the whole sequence of blocks)."""
+        return True
+
+    def before_attention(self, state: TokenState, block: int) -> TokenState:
+        """Called with the block's input."""
+        return state
+
+    def bias(self, state: TokenState, block: int) -> Tensor | None:
+        """(B, N) added to every attention logit of a key, such as the log of its size, or None."""
+        return state.sizes.log() if state.sizes is not None else None
+
+    def between(self, attention: Tensor, state: TokenState, block: int) -> Tensor:
+        """Between softmax and values, (B, heads, N, N); only called where "full_map" is needed."""
+        return attention
+
+    def after_attention(self, state: TokenState, block: int, stats: AttentionStats) -> TokenState:
+        """Called between the attention's residual and the MLP."""
+        return state
+
+    def after_block(self, state: TokenState, block: int) -> TokenState:
+        """Called with the block's output."""
+        return state
+
+    def pool(self, state: TokenState) -> TokenState:
+        """Called once after the last block, before the final norm."""
+        return state
+
+    def losses(self, state: TokenState) -> dict[str, Tensor]:
+        """Named losses of the reducer's own, for training."""
+        return {}
+
+
+def order(scores: Tensor) -> Tensor:
+    """Indices (..., n) of the last dimension from the largest score to the smallest.
+
+    Stable in eager mode: among equals the first stays first. A stable sort has no ONNX translation,
+    so under export it is `topk`, which agrees wherever no two scores are equal.
+    """
+    if torch.compiler.is_exporting():
+        return scores.topk(scores.shape[-1], dim=-1).indices
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (B, N, C) at index (B, T): (B, T, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def apply_merge(state: TokenState, merge: Merge) -> TokenState:
+    """The state with `merge` applied: kept tokens become size-weighted means of what joins them."""
+    tokens, keep = state.tokens, merge.keep
+    if merge.src.shape[1] == 0:
+        sizes = state.sizes.gather(1, keep) if state.sizes is not None else None
+        return state._replace(
+            tokens=take(tokens, keep), sizes=sizes, source=_renumber(state, merge)
+        )
+    weights = state.full_sizes.to(tokens.dtype)
+    slots = torch.arange(keep.shape[1], device=keep.device)
+    joins = (merge.dst[:, None, :] == slots[None, :, None]).to(tokens.dtype)  # (B, T', r)
+    weighted = tokens * weights[..., None]
+    total = take(weighted, keep) + joins @ take(weighted, merge.src)
+    mass = weights.gather(1, keep)[..., None] + joins @ weights.gather(1, merge.src)[..., None]
+    return state._replace(
+        tokens=total / mass, sizes=mass[..., 0].float(), source=_renumber(state, merge)
+    )
+
+
+def _renumber(state: TokenState, merge: Merge) -> Tensor:
+    """`source` after a merge: what a patch's token has become, -1 where it was dropped."""
+    b, n = state.tokens.shape[:2]
+    slots = torch.arange(merge.keep.shape[1], device=merge.keep.device)
+    table = torch.full((b, n), -1, dtype=torch.long, device=state.tokens.device)
+    table = table.scatter(1, merge.keep, slots.expand(b, -1)).scatter(1, merge.src, merge.dst)
+    source = state.full_source
+    return torch.where(source < 0, source, table.gather(1, source.clamp(min=0)))
+
+
+def recover(state: TokenState) -> Tensor:
+    """(B, P, C): every patch of the full grid reads the token that stands for it, 0 where none
+    does."""
+    if state.source is None:
+        return state.patches
+    seen = (state.source >= 0)[..., None]
+    return take(state.tokens, state.source.clamp(min=0)) * seen.to(state.tokens.dtype)
+
+
+def select_patches(state: TokenState, keep: Tensor) -> TokenState:
+    """The state with only the patches `keep` (B, M), indices into the present patch tokens."""
+    b = keep.shape[0]
+    prefix = torch.arange(state.n_prefix, device=keep.device).expand(b, -1)
+    whole = torch.cat([prefix, keep + state.n_prefix], dim=1)
+    empty = keep.new_zeros(b, 0)
+    return apply_merge(state, Merge(whole, empty, empty))
+
+
+def counts_of(schedule: tuple[int, ...], tokens: int, n_prefix: int, depth: int) -> tuple[int, ...]:
+    """Tokens that enter each block, then those that leave the last, for `schedule` removed per
+    block.
+
+    Raises ValueError where the schedule has not `depth` entries or leaves no patch token.
+    """
+    if len(schedule) != depth:
+        raise ValueError(f"a schedule of {len(schedule)} entries for {depth} blocks")
+    counts = [tokens]
+    for block, removed in enumerate(schedule):
+        left = counts[-1] - removed
+        if removed < 0 or left <= n_prefix:
+            raise ValueError(
+                f"block {block} would remove {removed} of {counts[-1] - n_prefix} patch tokens; "
+                "at least one must stay"
+            )
+        counts.append(left)
+    return tuple(counts)

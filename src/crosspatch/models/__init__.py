@@ -1,0 +1,5 @@
+"""One backbone paper, one file. Importing this package registers every model."""
+
+from crosspatch.models import crossvit, deit
+
+__all__ = ["crossvit", "deit"]

@@ -1,0 +1,40 @@
+"""DeiT: the plain vision transformer at patch 16, and the same with a distillation token.
+
+"Training data-efficient image transformers & distillation through attention", Touvron et al., arXiv
+2012.12877, ICML 2021. The network is the trunk, `models/vit.py`; these are its named sizes, in the
+authors' checkpoint layout. The names are timm's too, which keeps its own; there the distilled class
+is another, here it is one option.
+
+Expected (M parameters, GMACs): Ti 5.72, 1.25; S 22.05, 4.60; B 86.57, 17.56; B at 384 86.86, 55.48;
+distilled Ti 5.91, S 22.44, B 87.34, B at 384 87.63.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crosspatch.models.registry import register
+from crosspatch.models.vit import VisionTransformer, checkpoint_filter_fn
+
+
+def _variant(width: int, heads: int, side: int = 224, **more: Any) -> dict[str, Any]:
+    return {"embed_dim": width, "num_heads": heads, "img_size": side, **more}
+
+
+PLAIN = {
+    "deit_tiny_patch16_224": _variant(192, 3),
+    "deit_small_patch16_224": _variant(384, 6),
+    "deit_base_patch16_224": _variant(768, 12),
+    "deit_base_patch16_384": _variant(768, 12, 384),
+}
+DISTILLED = {
+    name.replace("_patch16", "_distilled_patch16"): {**arguments, "dist_token": True}
+    for name, arguments in PLAIN.items()
+}
+register(
+    __name__,
+    VisionTransformer,
+    PLAIN | DISTILLED,
+    checkpoint_filter_fn,
+    out_indices=3,
+)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning from labels: soft cross-entropy with label smoothing and batch mixing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from crosspatch.mixing import OneOf, draws
+from crosspatch.objectives import Inputs
+from crosspatch.tasks.classify import Classify
+
+
+class Supervised(nn.Module):
+    """Trains `model` on labels.
+
+    model: (B, 3, H, W) -> logits (B, K), timm's contract; task: targets and loss; smoothing: label
+    smoothing in [0, 1); mixer: picks the batch mixing of a step, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Classify,
+        *,
+        smoothing: float = 0.0,
+        mixer: OneOf | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.smoothing = smoothing
+        self.mixer = mixer
+
+    def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
+        """The loss of one batch: the mean over the global batch, in nats."""
+        del progress
+        images, mixing = inputs.images, None
+        if self.mixer is not None:
+            images, mixing = self.mixer(images, draws(*inputs.draw))
+        targets = self.task.targets(inputs.labels, mixing, self.smoothing)
+        loss = self.task.loss(self.model(images), targets).sum() * inputs.scale
+        return {"loss": loss, "parts": {}}
+
+    @property
+    def exported(self) -> nn.Module:
+        return self.model
+
+    @property
+    def averaged(self) -> nn.Module:
+        return self.model
+
+    def no_decay(self) -> set[str]:
+        """The names that the model's own `no_weight_decay` gives, as this module names them."""
+        if not hasattr(self.model, "no_weight_decay"):
+            return set()
+        return {f"model.{name}" for name in self.model.no_weight_decay()}

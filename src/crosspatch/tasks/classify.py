@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classification: one class per picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crosspatch.metrics import classification as numbers
+from crosspatch.metrics.interval import wilson
+from crosspatch.mixing import Mixing
+
+PREDICTION_COLUMNS = (
+    "path", "split", "label", "prediction", "correct", "confidence", "label_probability",
+)  # fmt: skip
+TOP = 5  # the second accuracy that is reported, clamped to the number of classes
+
+
+def _plain(value: float) -> float | None:
+    """A float for JSON: NaN has no place there."""
+    return None if math.isnan(value) else float(value)
+
+
+class Classify:
+    """The task of naming the one class of a picture. classes: names in label order."""
+
+    name = "classify"
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = tuple(classes)
+
+    def targets(self, labels: Tensor, mixing: Mixing | None, smoothing: float) -> Tensor:
+        """labels (B,) int64 -> soft targets (B, K) float32, rows sum to 1.
+
+        Smoothing comes first (off = s/K, on = 1 - s + s/K), then lam * own + (1 - lam) * partner's.
+        """
+        count = len(self.classes)
+        rest = smoothing / count
+        soft = F.one_hot(labels, count).to(torch.float32) * (1 - smoothing) + rest
+        if mixing is None:
+            return soft
+        return torch.lerp(soft[mixing.partner], soft, mixing.lam.view(-1, 1))
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy per picture (B,), in nats; logits and targets (B, K)."""
+        return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """logits (B, K) -> probabilities (B, K) float32."""
+        return F.softmax(logits.float(), dim=-1)
+
+    def metrics(self, probs: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> dict[str, Any]:
+        """Every figure of one split, ready for JSON.
+
+        probs: (N, K); labels: (N,). Keys: images, accuracy, low, high (95 % Wilson), topk {k,
+        accuracy}, macro_f1, nll (nats), ece (15 bins), classes (list: name, precision, recall,
+        recall_low, recall_high, f1, support), confusion (K x K, rows are the true classes).
+        A figure without a denominator is None.
+        """
+        probs, labels = np.asarray(probs), np.asarray(labels)
+        table = numbers.confusion(probs.argmax(axis=1), labels, len(self.classes))
+        low, high = numbers.accuracy_interval(probs, labels)
+        k = min(TOP, len(self.classes))
+        return {
+            "images": len(labels),
+            "accuracy": _plain(numbers.accuracy(probs, labels)),
+            "low": low,
+            "high": high,
+            "topk": {"k": k, "accuracy": _plain(numbers.topk(probs, labels, k))},
+            "macro_f1": _plain(numbers.macro_f1(table)),
+            "nll": _plain(numbers.nll(probs, labels)),
+            "ece": _plain(numbers.ece(probs, labels)),
+            "classes": self._class_rows(table),
+            "confusion": table.tolist(),
+        }
+
+    def _class_rows(self, table: np.ndarray) -> list[dict[str, Any]]:
+        rows, figures = [], numbers.per_class(table)
+        for place, name in enumerate(self.classes):
+            low, high = wilson(int(table[place, place]), int(figures.support[place]))
+            rows.append(
+                {
+                    "name": name,
+                    "precision": _plain(figures.precision[place]),
+                    "recall": _plain(figures.recall[place]),
+                    "recall_low": low,
+                    "recall_high": high,
+                    "f1": _plain(figures.f1[place]),
+                    "support": int(figures.support[place]),
+                }
+            )
+        return rows
+
+    def predictions(
+        self, keys: Sequence[str], labels: Sequence[int], probs: np.ndarray, split: str
+    ) -> Iterator[dict[str, Any]]:
+        """One row of `PREDICTION_COLUMNS` per picture; keys are paths relative to the data."""
+        for key, label, row in zip(keys, labels, np.asarray(probs), strict=True):
+            said = int(row.argmax())
+            yield {
+                "path": key,
+                "split": split,
+                "label": self.classes[int(label)],
+                "prediction": self.classes[said],
+                "correct": int(said == int(label)),
+                "confidence": f"{row[said]:.6f}",
+                "label_probability": f"{row[int(label)]:.6f}",
+            }

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation: probabilities of a whole image set, and the figures made of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from crosspatch.data.augment import normalise
+from crosspatch.data.loading import eval_batches
+from crosspatch.data.prepare import ImageSet
+from crosspatch.tasks.classify import Classify
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stopped(Exception):
+    """The caller's `stop` asked to end an evaluation early."""
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """The autocast context of a precision name; nothing for fp32."""
+    if precision not in AUTOCAST:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST[precision])
+
+
+@torch.inference_mode()
+def predict_probabilities(
+    model: nn.Module,
+    images: ImageSet,
+    batch: int = 256,
+    *,
+    device: torch.device | str | None = None,
+    precision: str = "fp32",
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> torch.Tensor:
+    """Probabilities (N, K) float32 on the CPU, in the order of `images`.
+
+    The model is put into eval mode and back. `stop` is asked between batches; when it answers true,
+    `Stopped` is raised. Raises ValueError when `images` is empty.
+    """
+    if len(images) == 0:
+        raise ValueError("there is no picture to evaluate")
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    training, found, done = model.training, [], 0
+    model.eval()
+    try:
+        for part in eval_batches(images, batch, workers=workers):
+            if stop is not None and stop():
+                raise Stopped
+            pixels = normalise(part.images.to(where, non_blocking=True), images.preprocess)
+            with autocast(where, precision):
+                logits = model(pixels)
+            found.append(torch.softmax(logits.float(), dim=-1))
+            done += len(part.labels)
+            if progress is not None:
+                progress(done, len(images))
+    finally:
+        model.train(training)
+    return torch.cat(found).cpu()
+
+
+def evaluate(
+    model: nn.Module, images: ImageSet, task: Classify, batch: int = 256, **how: Any
+) -> tuple[dict[str, Any], np.ndarray]:
+    """(metrics of `task.metrics`, probabilities (N, K)) of `images`; `how` as above."""
+    probs = predict_probabilities(model, images, batch, **how).numpy()
+    return task.metrics(probs, images.labels.numpy()), probs

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training loop.
+
+A state is saved at ends of epochs (not more often than every `SAVE_SECONDS`), inside epochs every
+`SAVE_LONG_SECONDS`, at the end, and on SIGINT or SIGTERM. A run that is killed at any moment and
+resumed ends with the numbers of one that was not (same machine, same thread count).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from crosspatch.data.loading import train_batches
+from crosspatch.data.prepare import ImageSet
+from crosspatch.errors import Interrupted, UsageError
+from crosspatch.objectives import Objective
+from crosspatch.training.evaluation import Stopped, predict_probabilities
+from crosspatch.training.package import model_config, save_model
+from crosspatch.training.recipe import Recipe
+from crosspatch.training.run import RunFolder
+from crosspatch.training.state import load_state, save_state
+from crosspatch.training.stepper import Stepper
+
+SAVE_SECONDS = 15.0
+SAVE_LONG_SECONDS = 60.0
+REPORT_SECONDS = 0.25
+
+
+class Reporter(Protocol):
+    """Who is told about the progress of a training. `fit` uses message, step and epoch; the session
+    around it the others too. Raising `Interrupted` in one of them saves the state and stops."""
+
+    def message(self, text: str) -> None: ...
+
+    def progress(self, what: str, done: int, total: int) -> None: ...
+
+    def plan(self, info: dict[str, Any]) -> None: ...
+
+    def step(self, done: int, total: int, loss: float, images_per_second: float) -> None: ...
+
+    def epoch(self, row: dict[str, Any]) -> None: ...
+
+    def done(self, summary: dict[str, Any]) -> None: ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def message(self, text: str) -> None:
+        """Drop it."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Drop it."""
+
+    def plan(self, info: dict[str, Any]) -> None:
+        """Drop it."""
+
+    def step(self, done: int, total: int, loss: float, images_per_second: float) -> None:
+        """Drop it."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Drop it."""
+
+    def done(self, summary: dict[str, Any]) -> None:
+        """Drop it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training ended with: rows of metrics.csv, steps done, seconds over all resumes."""
+
+    best: dict[str, Any]
+    final: dict[str, Any]
+    rows: list[dict[str, Any]]
+    steps: int
+    seconds: float
+
+
+class _Signals:
+    """Turns the first SIGINT or SIGTERM into a wish to stop; the second one ends the process."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    @contextmanager
+    def caught(self) -> Iterator[_Signals]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def wish(number: int, frame: object) -> None:
+            self.name = signal.Signals(number).name
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        for number in before:
+            signal.signal(number, wish)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Clock:
+    """Seconds of the run, over all resumes, and pictures per second of the present stretch."""
+
+    def __init__(self) -> None:
+        self.before, self.began = 0.0, time.perf_counter()
+        self.reported = self.saved = self.began
+        self.images, self.stretch = 0, self.began
+
+    def elapsed(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+    def restart(self) -> None:
+        self.images, self.stretch = 0, time.perf_counter()
+
+    def speed(self) -> float:
+        return self.images / max(1e-9, time.perf_counter() - self.stretch)
+
+
+class _Fit:
+    """One call of `fit`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stepper: Stepper,
+        train: ImageSet,
+        val: ImageSet,
+        run: RunFolder,
+        reporter: Reporter,
+        facts: dict[str, Any],
+        pace: tuple[float, float, float],
+    ) -> None:
+        self.recipe, self.stepper, self.run, self.reporter = recipe, stepper, run, reporter
+        self.train, self.val, self.facts = train, val, facts
+        self.report_seconds, self.save_seconds, self.save_long_seconds = pace
+        self.task: Any = stepper.objective.task
+        self.due = recipe.evaluations()
+        self.step, self.rows = 0, []
+        self.clock, self.signals = _Clock(), _Signals()
+
+    def go(self) -> Outcome:
+        """Train to the end from wherever the state stands."""
+        with self.signals.caught():
+            try:
+                self._evaluate_if_due()
+                while self.step < self.recipe.steps:
+                    self._train_epoch()
+                    self._evaluate_if_due()
+            except (Interrupted, Stopped) as stop:
+                self._stop(stop)
+            self._save()
+        return Outcome(
+            self.best(), self.rows[-1], self.rows, self.step, round(self.clock.elapsed(), 3)
+        )
+
+    def best(self) -> dict[str, Any]:
+        """The best row: highest validation accuracy, then lowest loss, then the earliest."""
+        return max(self.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+
+    def _train_epoch(self) -> None:
+        r = self.recipe
+        epoch, start = divmod(self.step, r.steps_per_epoch)
+        end = min(r.steps, (epoch + 1) * r.steps_per_epoch)
+        self.clock.restart()
+        for batch in train_batches(
+            self.train, r.batch, epoch=epoch, seed=r.seed, start_batch=start, workers=r.workers
+        ):
+            self.stepper.step(batch, epoch, self.step)
+            self.step += 1
+            self.clock.images += batch.n_global
+            self._after_step()
+            if self.step == end:
+                return
+        raise UsageError(
+            f"epoch {epoch + 1} ended after {self.step - epoch * r.steps_per_epoch} steps",
+            f"{end - epoch * r.steps_per_epoch} steps, as the run was planned with",
+            "continue with the data the run was begun with, or train anew with --overwrite",
+        )
+
+    def _after_step(self) -> None:
+        now = time.perf_counter()
+        if self.signals.name is not None:
+            raise Stopped
+        if now - self.clock.reported >= self.report_seconds or self.step == self.recipe.steps:
+            self.clock.reported = now
+            loss = self.stepper.mean_loss(self.step)
+            self.reporter.step(self.step, self.recipe.steps, loss, self.clock.speed())
+        if now - self.clock.saved >= self.save_long_seconds:
+            self._save()
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluation is owed, not scheduled: a kill between save and evaluation loses no row."""
+        if bisect_right(self.due, self.step) <= len(self.rows):
+            return
+        row = self._row(speed=self.clock.speed())
+        self.rows.append(row)
+        row["best"] = self.best() is row
+        self.stepper.reset_loss()
+        if row["best"]:
+            config = model_config(self.recipe, self.task.classes)
+            save_model(self.run.model, self.stepper.evaluated, config)
+        self.run.append_metrics(row)
+        self.reporter.epoch({**row, "remaining": self._remaining()})
+        if time.perf_counter() - self.clock.saved >= self.save_seconds:
+            self._save()
+
+    def _row(self, speed: float) -> dict[str, Any]:
+        r, loss = self.recipe, self.stepper.mean_loss(self.step)
+        probs = predict_probabilities(
+            self.stepper.evaluated,
+            self.val,
+            r.eval_batch,
+            device=self.stepper.device,
+            precision=r.precision,
+            workers=r.workers,
+            stop=lambda: self.signals.name is not None,
+        )
+        figures = self.task.metrics(probs, self.val.labels)
+        return {
+            "epoch": -(-self.step // r.steps_per_epoch),
+            "epochs": r.epochs,
+            "step": self.step,
+            "train_loss": loss,
+            "val_loss": figures["nll"],
+            "val_accuracy": figures["accuracy"],
+            "val_low": figures["low"],
+            "val_high": figures["high"],
+            "lr": self.stepper.lr(self.step - 1),
+            "images_per_second": round(speed, 1),
+            "elapsed": round(self.clock.elapsed(), 1),
+        }
+
+    def _remaining(self) -> float:
+        """Seconds to the end at the pace so far, validation and saving included."""
+        return self.clock.elapsed() / self.step * (self.recipe.steps - self.step)
+
+    def _save(self) -> None:
+        self.stepper.mean_loss(self.step)
+        meta = {
+            **self.facts,
+            "step": self.step,
+            "rows": self.rows,
+            "elapsed": self.clock.elapsed(),
+            "recipe": self.recipe.to_dict(),
+            "stepper": self.stepper.numbers(),
+        }
+        save_state(self.run.last, self.stepper.tensors(), meta)
+        self.clock.saved = time.perf_counter()
+
+    def _stop(self, cause: BaseException) -> None:
+        self._save()
+        why = self.signals.name or "the program that watches it"
+        raise Interrupted(
+            f"stopped by {why} at step {self.step:,} of {self.recipe.steps:,}",
+            f"nothing is lost: {self.run.path} holds the state",
+            "continue with the same command and --resume",
+        ) from cause
+
+    def resume(self) -> None:
+        """Go back to the newest usable state. Raises UsageError when the run was another one."""
+        found = load_state(self.run.last)
+        if found is None:
+            self.reporter.message("No state was saved yet: the run begins at its first step.")
+            return
+        tensors, meta, remarks = found
+        for remark in remarks:
+            self.reporter.message(remark)
+        self._compare(meta)
+        self.stepper.restore(tensors, meta["stepper"])
+        self.step, self.rows = meta["step"], meta["rows"]
+        self.clock.before = meta["elapsed"]
+        self.reporter.message(f"Continues at step {self.step:,} of {self.recipe.steps:,}.")
+
+    def _compare(self, meta: dict[str, Any]) -> None:
+        now, then = self.recipe.to_dict(), meta["recipe"]
+        changed = [
+            f"{key} {then.get(key)} -> {now.get(key)}"
+            for key in sorted(now.keys() | then.keys())
+            if now.get(key) != then.get(key)
+        ]
+        if meta.get("fingerprint") != self.facts.get("fingerprint"):
+            changed.append("the pictures (names, sizes or labels)")
+        if changed:
+            raise UsageError(
+                f"changed since the run was begun: {'; '.join(changed)}",
+                "the data and settings the run was begun with",
+                "put them back, or train anew with --overwrite",
+            )
+        for key, was in meta.get("versions", {}).items():
+            if self.facts.get("versions", {}).get(key) != was:
+                now_is = self.facts.get("versions", {}).get(key)
+                self.reporter.message(
+                    f"{key} was {was} and is {now_is}: the last digits may differ."
+                )
+
+
+def fit(
+    recipe: Recipe,
+    objective: Objective,
+    train: ImageSet,
+    val: ImageSet,
+    run: RunFolder,
+    reporter: Reporter | None = None,
+    *,
+    resume: bool = False,
+    facts: dict[str, Any] | None = None,
+    report_seconds: float = REPORT_SECONDS,
+    save_seconds: float = SAVE_SECONDS,
+    save_long_seconds: float = SAVE_LONG_SECONDS,
+) -> Outcome:
+    """Train `objective` by `recipe`; the best model by validation stands in `run.model` afterwards.
+
+    facts: written into the state; "fingerprint" and "versions" are compared on resume. Raises
+    Interrupted (exit code 4) after SIGINT or SIGTERM, with the state saved; UsageError when a
+    resumed run has other settings or data, the loss is no longer finite, or the disk is full.
+    """
+    pace = (report_seconds, save_seconds, save_long_seconds)
+    stepper = Stepper(recipe, objective)
+    work = _Fit(recipe, stepper, train, val, run, reporter or Silent(), facts or {}, pace)
+    if resume:
+        work.resume()
+    run.write_metrics(work.rows)
+    return work.go()

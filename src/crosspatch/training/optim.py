@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimiser, learning rate and the moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+FUSED = "adamw-fused"
+FOREACH = "adamw-foreach"
+EMA_START = 10  # the average follows faster at first: decay <= (1 + t) / (EMA_START + t)
+
+
+def rate(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> float:
+    """Learning rate of step 0..steps-1: linear warm-up over `warmup` steps, then half a cosine.
+
+    A pure function of the step, so that resuming needs no scheduler. The first step has
+    peak / (warmup + 1), step `warmup` has the peak, the last step ends next to `floor`.
+    """
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def ema_decay(step: int, *, steps: int, half_life: float) -> float:
+    """Decay of the average at step 0..steps-1; `half_life` is a fraction of the whole run.
+
+    A fixed decay would average over all of a short run and over nothing of a long one.
+    """
+    if half_life <= 0:
+        return 0.0
+    scaled = 0.5 ** (1 / max(1.0, half_life * steps))
+    return min(scaled, (1 + step) / (EMA_START + step))
+
+
+def split_decay(
+    module: nn.Module, no_decay: set[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Trainable parameters by name: (decayed, undecayed). Vectors, scalars, biases and the named
+    ones are not decayed."""
+    decayed, undecayed = {}, {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        free = parameter.ndim <= 1 or name.endswith(".bias") or name in no_decay
+        (undecayed if free else decayed)[name] = parameter
+    return decayed, undecayed
+
+
+def make_optimiser(
+    module: nn.Module,
+    no_decay: set[str],
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    kind: str = FUSED,
+) -> torch.optim.AdamW:
+    """AdamW over `module`'s parameters. Each group carries its parameters' names ("names").
+
+    kind: `FUSED` is 2 to 3 times faster on a CPU than `FOREACH`; their bits differ, so the choice
+    is part of the run. The loss scaling of fp16 needs `FOREACH`.
+    """
+    decayed, undecayed = split_decay(module, no_decay)
+    groups = [
+        {"params": list(part.values()), "weight_decay": decay, "names": list(part)}
+        for part, decay in ((decayed, weight_decay), (undecayed, 0.0))
+        if part
+    ]
+    how = {"fused": True} if kind == FUSED else {"foreach": True}
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, **how)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
+    """Give every group this rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = value
+
+
+class Ema:
+    """An exponential moving average of a module's parameters and buffers.
+
+    module: the averaged copy, in eval mode, without gradients. Whole-number buffers are copied.
+    """
+
+    def __init__(self, source: nn.Module, *, steps: int, half_life: float) -> None:
+        self.module = copy.deepcopy(source).eval().requires_grad_(False)
+        self.steps, self.half_life = steps, half_life
+        self._rebind(source)
+
+    def _rebind(self, source: nn.Module) -> None:
+        mine, theirs = self.module.state_dict(), source.state_dict()
+        smooth = [name for name, value in theirs.items() if value.is_floating_point()]
+        self._mine = [mine[name] for name in smooth]
+        self._theirs = [theirs[name] for name in smooth]
+        self._copied = [(mine[n], v) for n, v in theirs.items() if not v.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the source after the optimiser's step number `step` (from 0)."""
+        weight = 1 - ema_decay(step, steps=self.steps, half_life=self.half_life)
+        torch._foreach_lerp_(self._mine, self._theirs, weight)
+        for mine, theirs in self._copied:
+            mine.copy_(theirs)

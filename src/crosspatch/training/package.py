@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`model/`: config.json and model.safetensors, in the layout of timm's `local-dir:`.
+
+config.json holds architecture, arguments, class names, the whole preprocessing and the ordered list
+of transforms (reduced, pruned, quantised ...) that rebuild the module; reading it replays them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crosspatch.data.preprocess import Preprocess
+from crosspatch.errors import DataError
+from crosspatch.training.recipe import Recipe
+from crosspatch.training.state import flush_folder, write_aside
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+LARGEST_CONFIG = 1 << 20  # bytes
+
+
+def build_model(recipe: Recipe, classes: int, *, training: bool = True) -> nn.Module:
+    """The module that `recipe` names, seeded by it. Raises UsageError for an unknown model."""
+    import torch
+
+    torch.manual_seed(recipe.seed)
+    return _create(recipe.model, _arguments(recipe, classes, training=training))
+
+
+def _arguments(recipe: Recipe, classes: int, *, training: bool) -> dict[str, Any]:
+    given: dict[str, Any] = {"num_classes": classes, "img_size": list(recipe.size)}
+    if training and recipe.drop_path:
+        given["drop_path_rate"] = recipe.drop_path
+    return {**given, **recipe.model_args}
+
+
+def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
+    from crosspatch.models.registry import create_model
+
+    size = arguments.get("img_size")
+    sized = {"img_size": tuple(size)} if isinstance(size, list) else {}
+    return create_model(name, **{**arguments, **sized})
+
+
+def model_config(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
+    """The content of config.json."""
+    arguments = _arguments(recipe, len(classes), training=False)
+    return {
+        "schema": 1,
+        "architecture": recipe.model,
+        "num_classes": len(classes),
+        "class_names": list(classes),
+        "label_names": list(classes),
+        "model_args": arguments,
+        "preprocessing": recipe.preprocess.to_dict(),
+        "transforms": [],
+        "pretrained_cfg": {
+            "input_size": [3, *recipe.size],
+            "interpolation": "bicubic",
+            "mean": list(recipe.mean),
+            "std": list(recipe.std),
+            "crop_pct": recipe.size[0] / recipe.store[0],
+            "num_classes": len(classes),
+        },
+    }
+
+
+def save_model(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
+    """Write config.json and model.safetensors, each aside first and renamed when whole."""
+    aside = write_aside(folder / WEIGHTS, module.state_dict(), {"format": "pt"})
+    draft = folder / f".writing-{CONFIG}"
+    draft.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(draft, folder / CONFIG)
+    os.replace(aside, folder / WEIGHTS)
+    flush_folder(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, checked. Raises DataError naming the file when it is not one of ours."""
+    path = folder / CONFIG
+    advice = "give the folder of a run that has finished an epoch"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist", "the folder of a trained model", advice)
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise DataError(f"{path} is larger than 1 MB", "a model's config.json", advice)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        needed = ("architecture", "model_args", "class_names", "preprocessing", "transforms")
+        missing = [key for key in needed if key not in config]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is not JSON ({error})", "a model's config.json", advice) from error
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}", "a model's config.json", advice)
+    return config
+
+
+def load_model(run: str | Path) -> tuple[nn.Module, tuple[str, ...], Preprocess]:
+    """The trained model of a run folder (or of its `model/`): (module in eval mode, classes,
+    preprocessing).
+
+    Raises DataError when files are missing, damaged or do not fit each other.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(run)
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    config = read_config(folder)
+    path = folder / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{path} is missing or torn ({error})", "the weights of a trained model", "train again"
+        ) from error
+    module = _create(config["architecture"], config["model_args"])
+    for transform in config["transforms"]:
+        raise DataError(
+            f"{folder / CONFIG} asks for the transform {transform!r}",
+            "transforms that this version knows (none yet)",
+            "use a newer version of crosspatch",
+        )
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise DataError(
+            f"{path} does not fit {config['architecture']}: {error}",
+            "weights and config.json of one run",
+            "train again",
+        ) from error
+    preprocess = Preprocess.from_dict(config["preprocessing"])
+    return module.eval(), tuple(config["class_names"]), preprocess

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: from data and machine to a recipe, with the reasons in plain sentences.
+
+`overrides` are what the user typed: model, size, fit, batch, epochs, time (seconds), lr, seed,
+precision, compile, workers, flip, recipe; and, for experiments, any other field of `Recipe`
+("augment" then being a dict of `AugmentConfig` fields). They always win.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, Protocol
+
+from crosspatch.data.augment import AugmentConfig
+from crosspatch.data.preprocess import Preprocess
+from crosspatch.errors import UsageError, near
+from crosspatch.training.machine import Machine
+from crosspatch.training.recipe import Recipe
+from crosspatch.training.recipes import load_recipe
+
+TYPED = (
+    "model", "size", "fit", "batch", "epochs", "time", "lr", "seed", "precision", "compile",
+    "workers", "flip", "recipe",
+)  # fmt: skip
+SPARE = 0.05  # of a time budget is left unused
+EVAL_SHARE = 0.08  # of a run may go into validation, before it is done less often
+SIZE_UNKNOWN = 224  # input of a model whose name holds no size
+
+
+class Sides(Protocol):
+    """What the plan needs of a survey: median shorter side in pixels, median width / height."""
+
+    @property
+    def median_side(self) -> int: ...
+
+    @property
+    def aspect(self) -> float: ...
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides without those that are None. Raises UsageError for unknown or bad ones."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    known = {*TYPED, *(f.name for f in fields(Recipe))}
+    for key in given:
+        if key not in known:
+            raise UsageError(
+                f"unknown setting {key!r}", f"one of {near(key, known) or ', '.join(TYPED)}",
+                f"remove {key}",
+            )  # fmt: skip
+    for key in ("batch", "epochs", "time", "lr"):
+        if key in given and not given[key] > 0:
+            raise UsageError(f"--{key} {given[key]}", "a number above 0", f"change --{key}")
+    if "time" in given and ("epochs" in given or "steps" in given):
+        raise UsageError(
+            "both --time and --epochs", "one of them", "leave one away: either sets the length"
+        )
+    return given
+
+
+def plan(
+    survey: Sides,
+    n_train: int,
+    n_classes: int,
+    machine: Machine,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Recipe, list[str]]:
+    """(recipe, reasons) for `n_train` pictures of `n_classes` classes on `machine`.
+
+    Raises UsageError for overrides that are unknown or impossible.
+    """
+    given = check_overrides(overrides or {})
+    source = load_recipe(given.get("recipe", "small"))
+    reasons: list[str] = []
+    shape = _shape(source, survey, n_train, machine, given, reasons)
+    work = _work(source, n_train, machine, given, reasons)
+    augment = {**source.augmentation(survey.median_side), "flip": given.get("flip", True), "ops": 0}
+    recipe = Recipe(
+        name=given.get("recipe", "small"),
+        **shape,
+        **work,
+        mean=source.MEAN,
+        std=source.STD,
+        min_lr=work["lr"] * source.RATE_LAST,
+        weight_decay=source.WEIGHT_DECAY,
+        betas=source.BETAS,
+        warmup=0,
+        ema=source.EMA_HALF_LIFE,
+        smoothing=source.SMOOTHING,
+        drop_path=0.0,
+        clip=source.CLIP,
+        augment=AugmentConfig(**augment),
+        device=machine.device,
+        precision=given.get("precision", "bf16" if machine.bf16 else "fp32"),
+        compile=given.get("compile", False),
+        seed=given.get("seed", 0),
+        workers=given.get("workers", 0),
+        threads=machine.cores,
+        time_budget=given.get("time"),
+    )
+    recipe = with_steps(recipe, recipe.steps, given)
+    reasons.append(_describe_augment(recipe, given))
+    return recipe, reasons
+
+
+def with_steps(recipe: Recipe, steps: int, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe for another number of steps: what depends on the length follows it."""
+    given = check_overrides(overrides or {})
+    source = load_recipe(recipe.name)
+    length = source.by_length(steps / recipe.steps_per_epoch)
+    warmup = min(source.WARMUP * steps, source.WARMUP_MOST * recipe.steps_per_epoch)
+    augment = replace(recipe.augment, ops=length.pop("ops"))
+    changed = replace(recipe, steps=steps, warmup=round(warmup), augment=augment, **length)
+    return _apply(changed, given)
+
+
+def _apply(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """Fields of `Recipe` that were overridden by name; "augment" is merged."""
+    special = {*TYPED, "augment", "name"} - {"lr", "precision", "compile", "seed"}
+    known = {f.name for f in fields(Recipe)} - special
+    changed: dict[str, Any] = {key: value for key, value in given.items() if key in known}
+    if "augment" in given:
+        changed["augment"] = replace(recipe.augment, **given["augment"])
+    return replace(recipe, **changed)
+
+
+def _shape(
+    source: Any,
+    survey: Sides,
+    n_train: int,
+    machine: Machine,
+    given: Mapping[str, Any],
+    reasons: list[str],
+) -> dict[str, Any]:
+    """model, size, store and fit."""
+    gpu, side = machine.device == "cuda", survey.median_side
+    model, pixels = source.preset(side, n_train, gpu)
+    if "model" in given:
+        model = given["model"]
+        pixels = _native_size(model, pixels)
+        reasons.append(f"{model}, as asked.")
+    else:
+        where = "a GPU" if gpu else "a CPU"
+        reasons.append(
+            f"{model}: {n_train:,} pictures to learn from, {side} pixels in the median, on {where}."
+        )
+    size = _pair(given["size"]) if "size" in given else (pixels, pixels)
+    if "size" not in given and min(size) > side:
+        reasons.append(
+            f"Pictures are enlarged to {pixels} pixels, so that the model has patches enough."
+        )
+    fit, aspect = given.get("fit"), max(survey.aspect, 1 / survey.aspect)
+    if fit is None:
+        fit = "pad" if aspect >= source.LONG_SIDES else "crop"
+        if fit == "pad":
+            reasons.append(f"--fit pad: long pictures (sides {aspect:.1f} : 1) are kept whole.")
+    store = Preprocess.for_pictures(size, fit, side).store
+    return {"model": model, "size": size, "store": store, "fit": fit}
+
+
+def _work(
+    source: Any, n_train: int, machine: Machine, given: Mapping[str, Any], reasons: list[str]
+) -> dict[str, Any]:
+    """batch, steps_per_epoch, steps and lr."""
+    gpu = machine.device == "cuda"
+    if n_train < 1:
+        raise UsageError("no picture to train on", "at least one per class", "add pictures")
+    batch = int(given.get("batch", source.batch_size(n_train, gpu)))
+    per_epoch = max(1, n_train // batch)
+    epochs = given.get("epochs", source.epochs(per_epoch, gpu))
+    lr = float(given.get("lr", source.peak_rate(batch)))
+    why = "as asked" if "batch" in given else f"{per_epoch:,} steps an epoch"
+    reasons.append(f"Batches of {batch} ({why}), AdamW with a peak rate of {lr:.2g}.")
+    if "time" not in given:
+        asked = "as asked" if "epochs" in given else "enough for a set of this size"
+        reasons.append(f"{epochs:g} epochs, {asked}.")
+    steps = max(1, round(epochs * per_epoch))
+    return {"batch": batch, "steps_per_epoch": per_epoch, "steps": steps, "lr": lr}
+
+
+def _describe_augment(recipe: Recipe, given: Mapping[str, Any]) -> str:
+    flip = "mirrored and " if recipe.augment.flip else ""
+    tail = "" if recipe.augment.flip else ", not mirrored"
+    mixed = f", mixed by {' and '.join(recipe.mix)}" if recipe.mix else ""
+    return f"Training pictures are {flip}shifted, turned and tinted a little{tail}{mixed}."
+
+
+def _native_size(model: str, fallback: int) -> int:
+    """The input size that a model's name ends with (…_224); SIZE_UNKNOWN if it has none."""
+    found = re.search(r"_(\d{2,4})(?:\.|$)", model)
+    if not found:
+        return SIZE_UNKNOWN
+    native = int(found.group(1))
+    return fallback if native >= fallback and native <= 40 else native
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return int(height), int(width)
+
+
+def fit_to_time(
+    recipe: Recipe,
+    seconds_per_step: float,
+    eval_seconds: float,
+    budget: float,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Recipe, str]:
+    """(recipe that ends within `budget` seconds with 5 % spare, a sentence about it).
+
+    seconds_per_step and eval_seconds (one validation) are measured; budget is what remains after
+    preparation. Raises UsageError when not even one step fits.
+    """
+    source = load_recipe(recipe.name)
+    usable = budget * (1 - SPARE) - 2 * eval_seconds
+    epoch_seconds = seconds_per_step * recipe.steps_per_epoch
+    every = max(1, math.ceil(eval_seconds / (EVAL_SHARE * epoch_seconds)))
+    per_step = seconds_per_step + eval_seconds / (every * recipe.steps_per_epoch)
+    steps = int(usable / per_step)
+    if steps < 1:
+        raise UsageError(
+            f"{budget:.0f} s are left for training",
+            f"at least {per_step + 2 * eval_seconds:.0f} s (one step and one evaluation)",
+            "give more --time, or a smaller --size",
+        )
+    most = source.EPOCHS_MOST * recipe.steps_per_epoch
+    note = ""
+    if steps > most:
+        steps, note = most, f" (more than {source.EPOCHS_MOST} seldom help: it ends sooner)"
+    changed = with_steps(replace(recipe, eval_every=every), steps, overrides)
+    epochs = steps / recipe.steps_per_epoch
+    return changed, f"{epochs:.1f} epochs ({steps:,} steps) fit into the time asked for{note}."
+
+
+def space_evaluations(recipe: Recipe, seconds_per_step: float, eval_seconds: float) -> Recipe:
+    """The recipe with validation so seldom that it costs little."""
+    epoch_seconds = seconds_per_step * recipe.steps_per_epoch
+    every = max(1, math.ceil(eval_seconds / (3 * EVAL_SHARE * epoch_seconds)))
+    return replace(recipe, eval_every=min(every, recipe.epochs))
+
+
+def run_seconds(recipe: Recipe, seconds_per_step: float, eval_seconds: float) -> float:
+    """How long the run will take, in seconds."""
+    return recipe.steps * seconds_per_step + (len(recipe.evaluations()) + 1) * eval_seconds

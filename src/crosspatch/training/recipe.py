@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe: every resolved setting of a run, in one frozen object written to config.toml."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from crosspatch.data.augment import AugmentConfig
+from crosspatch.data.preprocess import FITS, Preprocess
+from crosspatch.errors import UsageError, near
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+MIXERS = ("mixup", "cutmix")
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every setting of one training. Raises UsageError for a value that cannot be trained with.
+
+    model, model_args: entry point and its further arguments; size, store: height and width that the
+    model takes and that pictures are kept in; batch: pictures per step; steps: of the whole run;
+    steps_per_epoch; lr: peak rate; min_lr: last rate; warmup: steps of warm-up; ema: half-life of
+    the weight average as a fraction of the run (0 = off); clip: largest gradient norm (0 = off);
+    mix: names out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha: of each Beta
+    distribution; eval_every: epochs between validations; time_budget: seconds asked for, or None;
+    threads: CPU threads (numbers differ between thread counts); workers: loader processes, used
+    when the pictures do not fit into memory.
+    """
+
+    name: str
+    model: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int, int]
+    store: tuple[int, int]
+    fit: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    batch: int
+    steps: int
+    steps_per_epoch: int
+    lr: float
+    min_lr: float
+    weight_decay: float
+    betas: Pair
+    warmup: int
+    ema: float
+    smoothing: float
+    drop_path: float
+    clip: float
+    mix: tuple[str, ...] = ()
+    mix_prob: tuple[float, ...] = ()
+    mix_alpha: tuple[float, ...] = ()
+    augment: AugmentConfig
+    device: str = "cpu"
+    precision: str = "fp32"
+    optimiser: str = "adamw-fused"
+    compile: bool = False
+    seed: int = 0
+    workers: int = 0
+    threads: int = 1
+    eval_every: int = 1
+    eval_batch: int = 256
+    time_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "steps", "steps_per_epoch", "threads", "eval_every", "eval_batch"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(min(*self.size, *self.store) >= 1, "size", self.size, "at least 1 pixel a side")
+        _check(0 < self.lr < 10, "lr", self.lr, "between 0 and 10")
+        _check(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, "between 0 and lr")
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _check(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
+        _check(0 <= self.drop_path < 1, "drop_path", self.drop_path, "in [0, 1)")
+        _check(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
+        _check(self.workers >= 0, "workers", self.workers, "0 or more")
+        _check(self.fit in FITS, "fit", self.fit, f"one of {', '.join(FITS)}")
+        _check(self.precision in PRECISIONS, "precision", self.precision, "one of fp32, bf16, fp16")
+        unknown = sorted(set(self.mix) - set(MIXERS))
+        _check(not unknown, "mix", unknown, f"out of {', '.join(MIXERS)}")
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun by the end of the run; the last may be a part."""
+        return -(-self.steps // self.steps_per_epoch)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What is done to every picture, in training, evaluation and prediction alike."""
+        return Preprocess(
+            size=self.size, store=self.store, fit=self.fit, mean=self.mean, std=self.std
+        )
+
+    def evaluations(self) -> list[int]:
+        """The steps after which validation is due: every `eval_every` epochs and at the end."""
+        every = self.steps_per_epoch * self.eval_every
+        return [*range(every, self.steps, every), self.steps]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict for TOML and JSON: lists for tuples, and nothing for None."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> Recipe:
+        """The inverse of `to_dict`. Raises UsageError for unknown or missing settings."""
+        _known(cls, given)
+        made = {key: _tuples(value) for key, value in given.items()}
+        augment = made.get("augment", {})
+        if isinstance(augment, dict):
+            _known(AugmentConfig, augment)
+            made["augment"] = AugmentConfig(**{k: _tuples(v) for k, v in augment.items()})
+        made["model_args"] = given.get("model_args", {})
+        return cls(**made)
+
+
+def _check(right: bool, name: str, got: Any, expected: str) -> None:
+    if not right:
+        raise UsageError(f"{name} = {got}", f"{name} is {expected}", f"change {name}")
+
+
+def _known(kind: type, given: dict[str, Any]) -> None:
+    known = {f.name: f for f in fields(kind)}
+    for name in given:
+        if name not in known:
+            hint = near(name, known)
+            raise UsageError(
+                f"unknown setting {name!r}",
+                f"a setting of {kind.__name__}{f', such as {hint}' if hint else ''}",
+                f"remove {name} or correct its name",
+            )
+    optional = dataclasses.MISSING
+    missing = [
+        f.name
+        for f in known.values()
+        if f.name not in given and f.default is optional and f.default_factory is optional
+    ]
+    if missing:
+        raise UsageError(
+            f"settings are missing: {', '.join(missing)}",
+            f"every setting of {kind.__name__}",
+            "train anew with --overwrite, or put them back",
+        )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes by name. A recipe is a module of constants with `settings(...)`."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from crosspatch.errors import UsageError, near
+
+RECIPES = {"small": "crosspatch.training.recipes.small"}
+
+
+def load_recipe(name: str) -> ModuleType:
+    """The module of a recipe. Raises UsageError with near names for an unknown one."""
+    if name not in RECIPES:
+        raise UsageError(
+            f"unknown recipe {name!r}",
+            f"one of {', '.join(RECIPES)}",
+            f"try --recipe {near(name, RECIPES) or next(iter(RECIPES))}",
+        )
+    return importlib.import_module(RECIPES[name])

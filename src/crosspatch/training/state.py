@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a training, for exact resume: one safetensors file with JSON in its metadata.
+
+`last/last.safetensors` is the newest, `last/last-1.safetensors` the one before. A new state is
+written beside them, flushed to the disk and read back; only then are the two moved on. What is
+torn, cut or foreign is named and skipped for the older one. Nothing is unpickled, ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosspatch.errors import DataError, UsageError
+
+LAST, BEFORE = "last.safetensors", "last-1.safetensors"
+TEMPORARY = ".writing-"
+KEY = "crosspatch-state"
+SCHEMA = 1
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """crc32 over names, types, shapes and bytes, in the order of the names."""
+    value = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        head = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+        value = zlib.crc32(head.encode(), value)
+        if tensor.numel():
+            value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return value
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_file(path: Path) -> None:
+    """Bring the file's bytes to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_aside(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Write a safetensors file under a temporary name beside `path`, flushed; returns that name.
+
+    Raises UsageError when the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, aside, metadata=metadata)
+        flush_file(aside)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise UsageError(
+            f"{path} cannot be written: {error}",
+            "a folder that can be written, with room for the state",
+            "make room or choose another --out, then continue with --resume",
+        ) from error
+    return aside
+
+
+def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write a state into `folder`, keeping the previous one; a kill at any moment leaves one whole.
+
+    tensors: name -> tensor (any device); meta: what JSON can hold. Raises UsageError when it cannot
+    be written; the previous state is then untouched.
+    """
+    record = {"schema": SCHEMA, "crc32": checksum(tensors), "meta": meta}
+    aside = write_aside(folder / LAST, tensors, {KEY: json.dumps(record)})
+    read_state(aside)
+    if (folder / LAST).exists():
+        os.replace(folder / LAST, folder / BEFORE)
+    os.replace(aside, folder / LAST)
+    flush_folder(folder)
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and verify one state file. Raises DataError naming it when it is torn or foreign."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = (file.metadata() or {}).get(KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unusable(path, f"is torn or is no safetensors file ({error})") from error
+    if note is None:
+        raise _unusable(path, "holds no training state")
+    try:
+        record = json.loads(note)
+        schema, crc, meta = record["schema"], record["crc32"], record["meta"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unusable(path, "has unreadable metadata") from error
+    if schema != SCHEMA:
+        raise _unusable(path, f"has the format {schema}, this version reads {SCHEMA}")
+    if crc != checksum(tensors):
+        raise _unusable(path, "has damaged contents (the checksum differs)")
+    return tensors, meta
+
+
+def _unusable(path: Path, why: str) -> DataError:
+    return DataError(
+        f"{path} {why}", "a training state that this program wrote", "train anew with --overwrite"
+    )
+
+
+def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:
+    """The newest usable state: (tensors, meta, remarks about skipped files); None if there is none.
+
+    Raises DataError when there are state files and not one of them is usable.
+    """
+    remarks, found = [], [path for path in (folder / LAST, folder / BEFORE) if path.exists()]
+    for path in found:
+        try:
+            tensors, meta = read_state(path)
+        except DataError as error:
+            remarks.append(f"{error.got}: skipped")
+            continue
+        return tensors, meta, remarks
+    if found:
+        raise DataError(
+            "; ".join(remarks), "at least one whole training state", "train anew with --overwrite"
+        )
+    return None
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that a kill left in `folder`."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step, and everything that a step changes.
+
+No random draw depends on what happened before: augmentation is drawn from (seed, epoch, position),
+dropout, drop path and mixing from (seed, step, rank), the rate is a function of the step. So a step
+is a function of the tensors in `tensors()` and of its number.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from crosspatch.data.augment import augment
+from crosspatch.data.loading import Batch
+from crosspatch.errors import UsageError
+from crosspatch.objectives import Inputs, Objective
+from crosspatch.training.optim import FOREACH, Ema, ema_decay, make_optimiser, rate, set_rate
+from crosspatch.training.recipe import Recipe
+
+FABRIC_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def make_fabric(recipe: Recipe) -> Any:
+    """Lightning Fabric for the recipe's device and precision.
+
+    Raises UsageError under a launcher of several processes, and when the recipe's device is absent.
+    """
+    from lightning_fabric import Fabric
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "several processes were launched", "one process", "start crosspatch without torchrun"
+        )
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "the run was planned for a GPU, and this machine shows none",
+            "the machine on which it was begun",
+            "continue there, or train anew with --overwrite",
+        )
+    return Fabric(
+        accelerator="cuda" if recipe.device == "cuda" else "cpu",
+        devices=1,
+        precision=FABRIC_PRECISION[recipe.precision],
+    )
+
+
+def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Seed torch's generators for one step: a pure function of (seed, step, rank)."""
+    words = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    value = int(words[0] >> np.uint64(1))
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
+
+
+class Stepper:
+    """Objective, optimiser and moving average of a run, on their device.
+
+    `step(batch, epoch, step)` trains on one batch; `loss_sum` and `loss_count` gather the loss
+    since `reset_loss`, on the device, so that nothing waits for it.
+    """
+
+    def __init__(self, recipe: Recipe, objective: Objective) -> None:
+        if not isinstance(objective, nn.Module):
+            raise TypeError("an objective is a torch module")
+        torch.set_num_threads(recipe.threads)
+        self.recipe = recipe
+        self.fabric = make_fabric(recipe)
+        self.device: torch.device = self.fabric.device
+        self.objective = objective.to(self.device)
+        self.preprocess = recipe.preprocess
+        self.ema: Ema | None = None
+        if recipe.ema > 0:
+            self.ema = Ema(objective.averaged, steps=recipe.steps, half_life=recipe.ema)
+        if recipe.compile:
+            objective.exported.compile()
+        self.optimiser = make_optimiser(
+            objective,
+            objective.no_decay(),
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            betas=recipe.betas,
+            kind=FOREACH if recipe.precision == "fp16" else recipe.optimiser,
+        )
+        self._wrapped, self._driver = self.fabric.setup(self.objective, self.optimiser)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.loss_count = 0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The module that is validated and shipped: the average, where there is one."""
+        return self.ema.module if self.ema is not None else self.objective.exported
+
+    def lr(self, step: int) -> float:
+        """The rate of a step, from 0."""
+        r = self.recipe
+        return rate(step, steps=r.steps, warmup=r.warmup, peak=r.lr, floor=r.min_lr)
+
+    def step(self, batch: Batch, epoch: int, step: int) -> None:
+        """Train on one batch of uint8 pictures; `step` counts from 0 over the whole run."""
+        r, rank = self.recipe, self.fabric.global_rank
+        seed_step(r.seed, step, rank, self.device)
+        set_rate(self.optimiser, self.lr(step))
+        images = augment(
+            batch.images.to(self.device, non_blocking=True),
+            batch.positions,
+            epoch=epoch,
+            seed=r.seed,
+            config=r.augment,
+            preprocess=self.preprocess,
+        )
+        labels = batch.labels.to(self.device, non_blocking=True)
+        scale = self.fabric.world_size / batch.n_global
+        inputs = Inputs(images, labels, (r.seed, step, rank), scale)
+        loss = self._wrapped(inputs, step / r.steps)["loss"]
+        self.fabric.backward(loss)
+        if r.clip > 0:
+            self.fabric.clip_gradients(
+                self._wrapped, self._driver, max_norm=r.clip, error_if_nonfinite=False
+            )
+        self._driver.step()
+        self._driver.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(step)
+        self.loss_sum += loss.detach()
+        self.loss_count += 1
+
+    def mean_loss(self, step: int) -> float:
+        """Mean loss since `reset_loss`, in nats (waits for the device).
+
+        Raises UsageError when it is not finite: the weights are spoilt and must not be saved.
+        """
+        if not self.loss_count:
+            return math.nan
+        mean = float(self.loss_sum) / self.loss_count
+        if math.isfinite(mean):
+            return mean
+        raise UsageError(
+            f"the loss became {mean} by step {step}",
+            "a finite loss",
+            f"train anew with a lower rate (--lr {self.recipe.lr / 3:.1g}), or --precision fp32",
+        )
+
+    def reset_loss(self) -> None:
+        """Begin to gather the loss anew."""
+        self.loss_sum.zero_()
+        self.loss_count = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that steps change, by name."""
+        found = {f"objective/{k}": v for k, v in self.objective.state_dict().items()}
+        if self.ema is not None:
+            found |= {f"ema/{k}": v for k, v in self.ema.module.state_dict().items()}
+        for group in self.optimiser.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                for key, value in self.optimiser.state.get(parameter, {}).items():
+                    found[f"optimiser/{key}/{name}"] = torch.as_tensor(value)
+        found["loss_sum"] = self.loss_sum
+        found["random/torch"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            found["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        return found
+
+    def numbers(self) -> dict[str, Any]:
+        """What steps change and JSON holds."""
+        return {
+            "loss_count": self.loss_count,
+            "scaler": self.fabric.strategy.precision.state_dict(),
+            "groups": [
+                {k: v for k, v in group.items() if k not in ("params", "names")}
+                for group in self.optimiser.param_groups
+            ],
+        }
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Put back what `tensors` and `numbers` gave. Raises UsageError when it does not fit."""
+        try:
+            self.objective.load_state_dict(_part(tensors, "objective/"))
+            if self.ema is not None:
+                self.ema.module.load_state_dict(_part(tensors, "ema/"))
+        except RuntimeError as error:
+            raise UsageError(
+                f"the saved state does not fit the model: {error}",
+                "the state of this run",
+                "train anew with --overwrite",
+            ) from error
+        self._restore_optimiser(tensors)
+        self.loss_sum.copy_(tensors["loss_sum"])
+        self.loss_count = int(numbers["loss_count"])
+        if numbers["scaler"]:
+            self.fabric.strategy.precision.load_state_dict(numbers["scaler"])
+        torch.set_rng_state(tensors["random/torch"])
+        if self.device.type == "cuda" and "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+
+    def _restore_optimiser(self, tensors: dict[str, Tensor]) -> None:
+        for group in self.optimiser.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                state = {
+                    key.split("/")[1]: value
+                    for key, value in tensors.items()
+                    if key.startswith("optimiser/") and key.split("/", 2)[2] == name
+                }
+                on_cpu = {"step"} if self.device.type == "cpu" else set()
+                self.optimiser.state[parameter] = {
+                    key: value.clone() if key in on_cpu else value.to(self.device, copy=True)
+                    for key, value in state.items()
+                }
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def averaged_over(recipe: Recipe) -> float:
+    """The decay that the average has in the middle of the run, for the report."""
+    return ema_decay(recipe.steps // 2, steps=recipe.steps, half_life=recipe.ema)

@@ -1,0 +1,61 @@
+"""Every public golden of CrossViT and DeiT, through the public interface, to 1e-4."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import crosspatch as xp
+from crosspatch.models.crossvit import CrossViT
+from support import goldens
+
+NAMED = [
+    "crossvit/crossvit_tiny_224",
+    "crossvit/crossvit_9_224",
+    "crossvit/crossvit_9_dagger_224",
+    "deit/deit_tiny_patch16_224",
+    "deit/deit_tiny_distilled_patch16_224",
+]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_variant_computes_what_the_authors_code_computes(name: str) -> None:
+    golden = goldens.read(name)
+    model = xp.create_model(golden.meta["variant"]).eval()
+    assert sum(p.numel() for p in model.parameters()) == golden.meta["params"]
+    xp.load_released(model, {"model": golden.state_dict})
+    with torch.no_grad():
+        assert goldens.relative_error(model(golden.images), golden.outputs["out"]) < 1e-4
+
+
+def test_both_heads_of_the_distilled_deit() -> None:
+    golden = goldens.read("deit/deit_tiny_distilled_patch16_224")
+    model = xp.create_model("deit_tiny_distilled_patch16_224").eval()
+    xp.load_released(model, golden.state_dict)
+    model.set_distilled_training()
+    model.train()  # neither dropout nor stochastic depth is on by default
+    with torch.no_grad():
+        first, second = model(golden.images)
+    assert goldens.relative_error(first, golden.outputs["head"]) < 1e-4
+    assert goldens.relative_error(second, golden.outputs["head_dist"]) < 1e-4
+
+
+def test_the_t2t_stem_from_the_authors_own_arguments() -> None:
+    golden = goldens.read("crossvit/crossvit_t2t_micro")
+    model = CrossViT.from_authors(**golden.meta["build"]).eval()
+    xp.load_released(model, golden.state_dict)
+    with torch.no_grad():
+        fine, coarse = model.forward_features(golden.images)
+        assert goldens.relative_error(fine[:, 0], golden.outputs["cls0"]) < 1e-4
+        assert goldens.relative_error(coarse[:, 0], golden.outputs["cls1"]) < 1e-4
+        assert goldens.relative_error(model(golden.images), golden.outputs["out"]) < 1e-4
+
+
+def test_a_golden_notices_a_changed_weight() -> None:
+    golden = goldens.read("crossvit/crossvit_t2t_micro")
+    model = CrossViT.from_authors(**golden.meta["build"]).eval()
+    state = golden.state_dict
+    state["blocks.1.fusion.0.attn.wq.weight"] = -state["blocks.1.fusion.0.attn.wq.weight"]
+    xp.load_released(model, state)
+    with torch.no_grad():
+        assert goldens.relative_error(model(golden.images), golden.outputs["out"]) > 1e-4

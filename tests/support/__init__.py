@@ -1,0 +1,1 @@
+"""What tests of several rooms share: pictures and files made in code."""

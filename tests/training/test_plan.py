@@ -1,0 +1,141 @@
+"""The plan: what is chosen for which data and machine, and that what was typed wins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from crosspatch.errors import UsageError
+from crosspatch.training.machine import Machine, quota_cores
+from crosspatch.training.plan import fit_to_time, plan, run_seconds, space_evaluations, with_steps
+
+CPU = Machine(cores=2, memory=8 << 30)
+GPU = Machine(cores=16, memory=64 << 30, device="cuda", gpu="G", bf16=True)
+
+
+@dataclass
+class Sides:
+    median_side: int = 32
+    aspect: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("side", "pictures", "machine", "model", "size"),
+    [
+        (32, 40_000, CPU, "crossvit_mini_32", 32),
+        (28, 40_000, CPU, "crossvit_mini_32", 28),
+        (8, 1_259, CPU, "crossvit_micro_32", 16),
+        (20, 1_259, CPU, "crossvit_micro_32", 32),
+        (40, 40_000, CPU, "crossvit_mini_32", 40),
+        (41, 40_000, CPU, "crossvit_mini_64", 64),
+        (81, 40_000, CPU, "crossvit_mini_96", 96),
+        (500, 40_000, CPU, "crossvit_mini_96", 96),
+        (32, 40_000, GPU, "crossvit_mini_32", 32),
+        (500, 40_000, GPU, "crossvit_9_dagger_224", 224),
+        (500, 900, GPU, "crossvit_mini_96", 96),
+    ],
+)
+def test_preset_follows_the_pictures(side, pictures, machine, model, size):
+    recipe, reasons = plan(Sides(side), pictures, 10, machine)
+    assert (recipe.model, recipe.size) == (model, (size, size))
+    assert model in reasons[0]
+    assert all(reason.endswith(".") for reason in reasons)
+
+
+def test_big_pictures_keep_room_for_crops():
+    assert plan(Sides(500), 40_000, 10, CPU)[0].store == (110, 110)
+    assert plan(Sides(500), 40_000, 10, CPU, {"fit": "squash"})[0].store == (96, 96)
+    assert plan(Sides(32), 40_000, 10, CPU)[0].store == (32, 32)
+
+
+@pytest.mark.parametrize(("aspect", "fit"), [(1.3, "crop"), (2.5, "pad"), (0.4, "pad")])
+def test_long_pictures_are_kept_whole(aspect, fit):
+    assert plan(Sides(500, aspect), 1000, 3, CPU)[0].fit == fit
+
+
+def test_small_sets_have_small_batches_and_enough_steps():
+    tiny, _ = plan(Sides(32), 60, 2, CPU)
+    assert tiny.batch == 16
+    assert tiny.steps_per_epoch == 3
+    assert tiny.steps >= 200
+    assert plan(Sides(32), 3, 2, CPU)[0].steps_per_epoch == 1
+
+
+def test_what_was_typed_wins():
+    typed = {
+        "model": "crossvit_9_dagger_224", "size": (64, 48), "fit": "pad", "batch": 32, "epochs": 3,
+        "lr": 3e-4, "seed": 7, "precision": "bf16", "compile": True, "flip": False,
+        "drop_path": 0.3, "augment": {"erase": 0.25}, "workers": None,
+    }  # fmt: skip
+    recipe, reasons = plan(Sides(32), 640, 4, CPU, typed)
+    assert (recipe.model, recipe.size, recipe.store) == (typed["model"], (64, 48), (64, 48))
+    assert (recipe.batch, recipe.steps, recipe.lr, recipe.seed) == (32, 60, 3e-4, 7)
+    assert recipe.precision == "bf16"
+    assert recipe.compile
+    assert not recipe.augment.flip
+    assert recipe.augment.erase == 0.25
+    assert recipe.drop_path == 0.3
+    assert "3 epochs, as asked." in reasons
+    assert plan(Sides(32), 640, 4, CPU, {"model": "vit_tiny_patch16_224"})[0].size == (224, 224)
+
+
+@pytest.mark.parametrize(
+    ("typed", "match"),
+    [
+        ({"epoch": 3}, "epochs"),
+        ({"batch": 0}, "--batch 0"),
+        ({"time": -1.0}, "--time"),
+        ({"time": 60.0, "epochs": 3}, "both --time and --epochs"),
+        ({"recipe": "smal"}, "--recipe small"),
+    ],
+)
+def test_bad_settings_are_refused(typed, match):
+    with pytest.raises(UsageError, match=match):
+        plan(Sides(32), 640, 4, CPU, typed)
+
+
+@pytest.mark.parametrize("budget", [20.0, 300.0, 3000.0])
+def test_a_time_budget_becomes_steps_that_fit(budget):
+    recipe, _ = plan(Sides(32), 10_000, 10, CPU, {"time": budget})
+    fitted, why = fit_to_time(recipe, 0.05, 1.5, budget)
+    took = run_seconds(fitted, 0.05, 1.5)
+    assert 0.75 * budget <= took <= 0.96 * budget
+    assert "epochs" in why
+    assert fitted.warmup < fitted.steps
+    evaluating = (len(fitted.evaluations()) + 1) * 1.5
+    assert evaluating < 0.12 * took + 3.1
+
+
+def test_a_large_budget_is_not_wasted_and_a_tiny_one_refused():
+    recipe, _ = plan(Sides(32), 1_000, 10, CPU, {"time": 1e6})
+    fitted, why = fit_to_time(recipe, 0.01, 0.1, 1e6)
+    assert fitted.steps == 400 * recipe.steps_per_epoch
+    assert "seldom help" in why
+    with pytest.raises(UsageError, match="left for training"):
+        fit_to_time(recipe, 5.0, 10.0, 3.0)
+
+
+def test_long_runs_are_regularised_more_unless_typed():
+    recipe, _ = plan(Sides(32), 10_000, 10, CPU)
+    short = with_steps(recipe, 5 * recipe.steps_per_epoch)
+    long = with_steps(recipe, 200 * recipe.steps_per_epoch)
+    assert short.drop_path <= long.drop_path
+    assert not short.mix
+    assert long.mix
+    assert with_steps(recipe, 9, {"drop_path": 0.5}).drop_path == 0.5
+    assert with_steps(recipe, 9).warmup < 9
+
+
+def test_validation_is_spaced_when_it_is_dear():
+    recipe, _ = plan(Sides(32), 1_000, 10, CPU)
+    assert space_evaluations(recipe, 0.05, 0.01).eval_every == 1
+    assert space_evaluations(recipe, 0.01, 10.0).eval_every > 5
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("max 100000\n", None), ("200000 100000\n", 2.0), ("50000 100000", 0.5), ("odd", None)],
+)
+def test_container_quota(text, cores):
+    assert quota_cores(text) == cores
