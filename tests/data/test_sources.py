@@ -425,3 +425,11 @@ def test_litter():
     assert is_litter("a/.b/c.jpg")
     assert is_litter("a/THUMBS.DB")
     assert not is_litter("a.b/c.jpg")
+
+
+def test_one_class_is_enough_to_be_judged_on(tmp_path) -> None:
+    (tmp_path / "dogs").mkdir()
+    hostile.picture("stripes", 0).save(tmp_path / "dogs" / "1.png")
+    with pytest.raises(DataError, match="one class"):
+        open_source(tmp_path)
+    assert open_source(tmp_path, least_classes=1).classes == ("dogs",)

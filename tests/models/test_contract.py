@@ -143,6 +143,11 @@ def test_an_unknown_name_answers_with_near_ones() -> None:
     assert caught.value.exit_code == 2
 
 
+def test_convolutional_networks_of_timm_take_a_size_too() -> None:
+    model = xp.create_model("resnet18", num_classes=3, img_size=64)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+
+
 def test_refused_arguments_are_a_usage_error() -> None:
     with pytest.raises(ValueError, match="cannot be built so") as caught:
         xp.create_model("crossvit_9_224", num_heds=3)

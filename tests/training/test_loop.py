@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -133,6 +134,20 @@ def test_killed_after_an_older_state_and_resumed_equals_uninterrupted(train, at)
         assert "No state" in reporter.messages[0]
     else:
         assert reporter.steps[0] <= at
+
+
+def test_what_others_draw_changes_nothing(train):
+    class Drawing(Silent):
+        def step(self, done, total, loss, images_per_second):
+            torch.rand(done)
+            np.random.default_rng().random()
+
+    def weights(run):
+        return load_file(run.model / "model.safetensors")
+
+    (one, _), (two, _) = train("one"), train("two", Drawing())
+    assert table(one) == table(two)
+    assert all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
 
 
 def test_many_stops_in_one_run(train):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import pytest
 
 from crosspatch.errors import UsageError
+from crosspatch.models.registry import list_models
 from crosspatch.training.machine import Machine, quota_cores
 from crosspatch.training.plan import fit_to_time, plan, run_seconds, space_evaluations, with_steps
+from crosspatch.training.recipes import small
 
 CPU = Machine(cores=2, memory=8 << 30)
 GPU = Machine(cores=16, memory=64 << 30, device="cuda", gpu="G", bf16=True)
@@ -20,20 +22,24 @@ class Sides:
     aspect: float = 1.0
 
 
+CPU_SMALL, CPU_MIDDLE, CPU_LARGE = (row[1] for row in small.PRESETS_CPU)
+GPU_SMALL, _, GPU_LARGE = (row[1] for row in small.PRESETS_GPU)
+
+
 @pytest.mark.parametrize(
     ("side", "pictures", "machine", "model", "size"),
     [
-        (32, 40_000, CPU, "crossvit_mini_32", 32),
-        (28, 40_000, CPU, "crossvit_mini_32", 28),
-        (8, 1_259, CPU, "crossvit_micro_32", 16),
-        (20, 1_259, CPU, "crossvit_micro_32", 32),
-        (40, 40_000, CPU, "crossvit_mini_32", 40),
-        (41, 40_000, CPU, "crossvit_mini_64", 64),
-        (81, 40_000, CPU, "crossvit_mini_96", 96),
-        (500, 40_000, CPU, "crossvit_mini_96", 96),
-        (32, 40_000, GPU, "crossvit_mini_32", 32),
-        (500, 40_000, GPU, "crossvit_9_dagger_224", 224),
-        (500, 900, GPU, "crossvit_mini_96", 96),
+        (32, 40_000, CPU, CPU_SMALL, 32),
+        (28, 40_000, CPU, CPU_SMALL, 28),
+        (8, 1_259, CPU, small.FEW_PRESET, 16),
+        (20, 1_259, CPU, small.FEW_PRESET, 32),
+        (40, 40_000, CPU, CPU_SMALL, 40),
+        (41, 40_000, CPU, CPU_MIDDLE, 64),
+        (81, 40_000, CPU, CPU_LARGE, 96),
+        (500, 40_000, CPU, CPU_LARGE, 96),
+        (32, 40_000, GPU, GPU_SMALL, 32),
+        (500, 40_000, GPU, GPU_LARGE, 224),
+        (500, 900, GPU, CPU_LARGE, 96),
     ],
 )
 def test_preset_follows_the_pictures(side, pictures, machine, model, size):
@@ -41,6 +47,13 @@ def test_preset_follows_the_pictures(side, pictures, machine, model, size):
     assert (recipe.model, recipe.size) == (model, (size, size))
     assert model in reasons[0]
     assert all(reason.endswith(".") for reason in reasons)
+
+
+def test_every_preset_exists_at_its_sizes():
+    known = set(list_models("crossvit*"))
+    rows = (*small.PRESETS_CPU, *small.PRESETS_GPU)
+    assert {small.FEW_PRESET, *(row[1] for row in rows)} <= known
+    assert all(low <= high for _, _, low, high in rows)
 
 
 def test_big_pictures_keep_room_for_crops():

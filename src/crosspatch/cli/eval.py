@@ -55,7 +55,7 @@ def evaluate(
         from crosspatch.training.inference import Classifier
 
         classifier = Classifier.open(run)
-        source = open_source(data)
+        source = open_source(data, least_classes=1)
         labels = match_classes(source, classifier.classes)
         chosen, name, why = choose(run, source, split)
         answers = classifier.probabilities(

@@ -73,7 +73,10 @@ class Choices:
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of the computation."""
 
-    compile: bool = False
+    flip: bool | None = None
+    """Mirror training pictures (left alone: yes, but not for digits)."""
+
+    compile: Annotated[bool | None, Parameter(negative=())] = None
     """Use torch.compile: slow to start, faster after."""
 
     workers: Annotated[int | None, at_least(0, "--workers 2")] = None
@@ -125,7 +128,7 @@ def train(
 def _typed(options: Budget | Choices) -> dict:
     """What was asked for: options left alone are the plan's to choose."""
     values = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: value for name, value in values.items() if not (value is None or value is False)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def default_out(data: str, resume: bool, base: Path = Path("runs")) -> Path:

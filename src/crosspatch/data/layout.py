@@ -50,7 +50,7 @@ class Layout:
     skipped: list[Skipped] = field(default_factory=list)
 
 
-def lay_out(tree: Tree, told: str, *, look_through: bool = False) -> Layout:
+def lay_out(tree: Tree, told: str, least_classes: int = 2, *, look_through: bool = False) -> Layout:
     """Find classes, splits and pictures. `told` names the data in errors; `look_through` takes a
     single top folder for the root. Raises DataError (see `sources.open_source`)."""
     pictures, skipped = _pictures(tree)
@@ -65,7 +65,7 @@ def lay_out(tree: Tree, told: str, *, look_through: bool = False) -> Layout:
     folders = {folder.removeprefix(top) for folder in tree.folders if folder.startswith(top)}
     splits = _split_folders(keys, folders, told)
     depth = 1 if splits else 0
-    classes = _classes(keys, folders, splits, told)
+    classes = _classes(keys, folders, splits, told, least_classes)
     label = {name: number for number, name in enumerate(classes)}
     layout = Layout(classes, skipped=skipped)
     for key in sorted(keys):
@@ -134,14 +134,14 @@ def _split_folders(keys: dict[str, str], folders: set[str], told: str) -> set[st
 
 
 def _classes(
-    keys: dict[str, str], folders: set[str], splits: set[str], told: str
+    keys: dict[str, str], folders: set[str], splits: set[str], told: str, least_classes: int
 ) -> tuple[str, ...]:
     found = {
         split: _class_counts(keys, folders, f"{split}/" if split else "")
         for split in (splits or {""})
     }
     counts = found["train" if splits else ""]
-    _require_classes(counts, told)
+    _require_classes(counts, told, least_classes)
     for split in sorted(splits - {"train"}):
         unknown = sorted(name for name in found[split] if found[split][name] and name not in counts)
         if unknown:
@@ -165,7 +165,7 @@ def _class_counts(keys: dict[str, str], folders: set[str], below: str) -> Counte
     return counts
 
 
-def _require_classes(counts: Counter[str], told: str) -> None:
+def _require_classes(counts: Counter[str], told: str, least: int) -> None:
     empty = sorted(name for name, count in counts.items() if count == 0)
     strange = sorted(name for name in counts if not name.isprintable())
     if strange:
@@ -174,7 +174,7 @@ def _require_classes(counts: Counter[str], told: str) -> None:
             "A class name is one line of printable characters",
             "Rename the folder",
         )
-    if len(counts) < 2:
+    if len(counts) < least:
         names = "".join(f" ({name})" for name in counts)
         raise DataError(
             f"{told} holds {'one class' if counts else 'no class folder'}{names}",

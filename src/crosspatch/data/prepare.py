@@ -168,7 +168,7 @@ def prepare(
         ImageSet(source, preprocess, kept, buffer),
         kept,
         sorted([*source.skipped, *skipped], key=lambda one: one.path),
-        _message(len(source), needed, fits),
+        _message(len(kept), needed, fits),
     )
 
 

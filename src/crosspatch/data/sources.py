@@ -139,8 +139,10 @@ class DigitsSource(Source):
         return [int(picture.sum()) for picture in self._pictures]
 
 
-def open_source(spec: str | Path) -> Source:
+def open_source(spec: str | Path, *, least_classes: int = 2) -> Source:
     """Open DATA: a folder, an archive, or the word "digits" (a folder of that name: "./digits").
+
+    least_classes: training needs two; a trained model may be judged on pictures of one.
 
     Raises UsageError for a path that does not exist or is no kind of DATA, DataError for data that
     cannot be trained on: no picture, a single class, an empty class, broken archives, wrong splits.
@@ -151,7 +153,7 @@ def open_source(spec: str | Path) -> Source:
     if not path.exists():
         raise _missing(path)
     try:
-        return _open_path(path)
+        return _open_path(path, least_classes)
     except OSError as problem:
         raise UsageError(
             f"cannot read {path} ({problem.strerror or problem})",
@@ -160,10 +162,10 @@ def open_source(spec: str | Path) -> Source:
         ) from problem
 
 
-def _open_path(path: Path) -> Source:
+def _open_path(path: Path, least_classes: int) -> Source:
     if path.is_dir():
         tree = FolderTree(path)
-        return TreeSource(_name(path), tree, lay_out(tree, str(path)))
+        return TreeSource(_name(path), tree, lay_out(tree, str(path), least_classes))
     if path.name.lower().endswith(TABLES):
         raise UsageError(
             f"{path} is a table",
@@ -177,7 +179,7 @@ def _open_path(path: Path) -> Source:
             "Give the folder that holds the class folders",
         )
     tree = open_archive(path)
-    return TreeSource(_name(path), tree, lay_out(tree, str(path), look_through=True))
+    return TreeSource(_name(path), tree, lay_out(tree, str(path), least_classes, look_through=True))
 
 
 def _name(path: Path) -> str:

@@ -34,29 +34,26 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions with batch norm down to the patch grid, for small pictures.
+    """3x3 convolutions of stride 2 with batch norm down to the patch grid, for small pictures.
 
-    One layer at full resolution, then one of stride 2 per factor of two in `patch_size`, the widths
-    doubling up to `dim`. Where plain patches of 32x32 pictures learn slowly, the few local filters
-    learn at once (Xiao et al., "Early Convolutions Help Transformers See Better", arXiv
-    2106.14881). (B, C, H, W) to (B, h*w, dim). Raises ValueError where the patch is no power of
-    two.
+    One layer per factor of two in `patch_size`, the widths doubling from at least 32 up to `dim`,
+    ReLU between them. Where plain patches of 32x32 pictures learn slowly, local filters learn at
+    once (Xiao et al., "Early Convolutions Help Transformers See Better", arXiv 2106.14881).
+    (B, C, H, W) to (B, h*w, dim). Raises ValueError where the patch is no power of two.
     """
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int, *, first: int = 1) -> None:
+    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
         steps = round(math.log2(patch_size))
         if 2**steps != patch_size or steps < 1:
             raise ValueError(
                 f"a convolutional stem takes a patch of 2, 4, 8 or 16, not {patch_size}"
             )
-        widths = [max(8, dim >> (steps - i)) for i in range(steps)] + [dim]
-        layers, previous = [], in_chans
-        for i, width in enumerate(widths):
-            stride = first if i == 0 else 2
-            layers += [nn.Conv2d(previous, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)]
-            layers += [nn.ReLU()] if i < steps else []
-            previous = width
+        widths = [max(32, dim >> (steps - 1 - i)) for i in range(steps - 1)] + [dim]
+        layers: list[nn.Module] = []
+        for previous, width in zip([in_chans, *widths], widths, strict=False):
+            layers += [nn.ReLU()] if layers else []
+            layers += [nn.Conv2d(previous, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width)]
         self.proj = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ from typing import Any
 import crosspatch._torchvision  # noqa: F401
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
@@ -43,9 +42,10 @@ from crosspatch.layers.resize import FixedResize
 from crosspatch.layers.tokens import Reducer, TokenState, select_patches
 from crosspatch.models.crossvit_fusion import FUSIONS, States
 from crosspatch.models.crossvit_stems import DaggerStem, T2TStem
-from crosspatch.models.registry import register
+from crosspatch.models.registry import register, settings
 from crosspatch.models.vit import init_linear
 
+RELEASE = "https://github.com/IBM/CrossViT/releases/download/weights-0.1"
 FINE = 15 / 14  # the authors' fine branch sees 240 pixels where the coarse one sees 224
 
 
@@ -445,40 +445,25 @@ SMALL = {
 
 
 def _settings(name: str) -> Any:
-    """timm's settings of a variant: where its weights lie and how pictures are prepared for it."""
-    side = VARIANTS[name]["branch_sizes"][0]
-    first = ".proj.0" if VARIANTS[name].get("stem") == "dagger" else ".proj"
-    return {
-        "url": f"https://github.com/IBM/CrossViT/releases/download/weights-0.1/{name}.pth",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "crop_pct": 0.875 if side == 240 else 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": tuple(f"patch_embed.{i}{first}" for i in range(2)),
-        "classifier": ("head.0", "head.1"),
-        "license": "apache-2.0",
-    }
+    """Where the weights of a variant lie and how pictures are prepared for it."""
+    arguments = VARIANTS.get(name) or SMALL[name]
+    side = arguments["img_size"] if name in SMALL else arguments["branch_sizes"][0]
+    first = ".proj" if arguments.get("stem", "patch") == "patch" else ".proj.0"
+    more: dict[str, Any] = (
+        {} if name in SMALL else {"url": f"{RELEASE}/{name}.pth", "license": "apache-2.0"}
+    )
+    if side == 240:
+        more["crop_pct"] = 0.875
+    branches = range(2)
+    return settings(
+        side,
+        tuple(f"patch_embed.{i}{first}" for i in branches),
+        tuple(f"head.{i}" for i in branches),
+        **more,
+    )
 
 
-def _small_settings(name: str) -> Any:
-    side = SMALL[name]["img_size"]
-    return {
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": tuple(f"patch_embed.{i}.proj.0" for i in range(2)),
-        "classifier": ("head.0", "head.1"),
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {name: _settings(name) for name in VARIANTS} | {name: _small_settings(name) for name in SMALL}
-)
+default_cfgs = generate_default_cfgs({name: _settings(name) for name in (*VARIANTS, *SMALL)})
 LAST_MAPS = (2, 5)  # after the last of three encoders: the fine branch's map and the coarse one's
 register(__name__, CrossViT, VARIANTS, checkpoint_filter_fn, out_indices=LAST_MAPS)
 register(

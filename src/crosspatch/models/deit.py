@@ -13,7 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from crosspatch.models.registry import register
+import crosspatch._torchvision  # noqa: F401
+
+from timm.models import generate_default_cfgs
+
+from crosspatch.models.registry import register, settings
 from crosspatch.models.vit import VisionTransformer, checkpoint_filter_fn
 
 
@@ -31,10 +35,18 @@ DISTILLED = {
     name.replace("_patch16", "_distilled_patch16"): {**arguments, "dist_token": True}
     for name, arguments in PLAIN.items()
 }
-register(
-    __name__,
-    VisionTransformer,
-    PLAIN | DISTILLED,
-    checkpoint_filter_fn,
-    out_indices=3,
-)
+# Ours: one branch with the multiply-adds of crossvit_micro_32, for comparisons on small pictures.
+SMALL = {
+    "vit_micro_32": {
+        "img_size": 32,
+        "patch_size": 4,
+        "stem": "conv",
+        "embed_dim": 66,
+        "depth": 4,
+        "num_heads": 3,
+        "mlp_ratio": 2.0,
+    }
+}
+default_cfgs = generate_default_cfgs({"vit_micro_32": settings(32, "patch_embed.proj.0", "head")})
+register(__name__, VisionTransformer, PLAIN | DISTILLED, checkpoint_filter_fn, out_indices=3)
+register(__name__, VisionTransformer, SMALL, checkpoint_filter_fn, out_indices=3)

@@ -16,12 +16,29 @@ import crosspatch._torchvision  # noqa: F401
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from crosspatch.errors import DataError, UsageError, near
 from crosspatch.models.from_timm import Unconvertible, from_timm
+
+
+def settings(side: int, first_conv: str | tuple, classifier: str | tuple, **more: Any) -> Any:
+    """timm's settings of a variant: how pictures are prepared for it, and in `more` its weights."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": classifier,
+        **more,
+    }
+
 
 _ENTRIES: dict[str, Callable[..., nn.Module]] = {}
 
@@ -117,7 +134,13 @@ def create_model(
 
 
 def _from_timm(name: str, arguments: dict[str, Any]) -> nn.Module:
-    model = timm.create_model(name, **arguments)
+    try:
+        model = timm.create_model(name, **arguments)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        del arguments["img_size"]  # a convolutional network takes any size, and no word about it
+        model = timm.create_model(name, **arguments)
     if not isinstance(model, timm_vit.VisionTransformer):
         return model
     try:

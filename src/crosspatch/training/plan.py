@@ -175,7 +175,7 @@ def _work(
     reasons.append(f"Batches of {batch} ({why}), AdamW with a peak rate of {lr:.2g}.")
     if "time" not in given:
         asked = "as asked" if "epochs" in given else "enough for a set of this size"
-        reasons.append(f"{epochs:g} epochs, {asked}.")
+        reasons.append(f"{epochs:g} epoch{'' if epochs == 1 else 's'}, {asked}.")
     steps = max(1, round(epochs * per_epoch))
     return {"batch": batch, "steps_per_epoch": per_epoch, "steps": steps, "lr": lr}
 
@@ -223,7 +223,7 @@ def fit_to_time(
     steps = int(usable / per_step)
     if steps < 1:
         raise UsageError(
-            f"{budget:.0f} s are left for training",
+            f"{max(0, budget):.0f} s are left for training",
             f"at least {per_step + 2 * eval_seconds:.0f} s (one step and one evaluation)",
             "give more --time, or a smaller --size",
         )

@@ -78,6 +78,8 @@ class Recipe:
         _check(self.workers >= 0, "workers", self.workers, "0 or more")
         _check(self.fit in FITS, "fit", self.fit, f"one of {', '.join(FITS)}")
         _check(self.precision in PRECISIONS, "precision", self.precision, "one of fp32, bf16, fp16")
+        halved = self.precision == "fp16" and self.device == "cpu"
+        _check(not halved, "precision", "fp16 on a CPU", "fp32 or bf16 there")
         unknown = sorted(set(self.mix) - set(MIXERS))
         _check(not unknown, "mix", unknown, f"out of {', '.join(MIXERS)}")
 

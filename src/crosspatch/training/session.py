@@ -20,6 +20,7 @@ from crosspatch.data.prepare import ImageSet, Prepared, prepare, survey, write_s
 from crosspatch.data.sources import DIGITS, Source, open_source
 from crosspatch.data.split import SPLITS, Split, make_split, read_split, write_split
 from crosspatch.errors import DataError, UsageError
+from crosspatch.metrics.macs import count_macs
 from crosspatch.tasks.classify import PREDICTION_COLUMNS, Classify
 from crosspatch.training import machine as machines
 from crosspatch.training import plan as plans
@@ -187,7 +188,9 @@ def _measure(
     began: float,
 ) -> tuple[Recipe, float]:
     """(the recipe with its threads and its final length, estimated seconds of the training)."""
+    measuring = time.perf_counter()
     recipe, per_step = _choose_threads(recipe, pictures, given, reasons)
+    compiling = time.perf_counter() - measuring if recipe.compile else 0.0  # and once more in `fit`
     objective = make_objective(recipe, pictures.source.classes)
     per_eval = measure_evaluation(recipe, objective, pictures.validation)
     if recipe.time_budget is None:
@@ -196,9 +199,9 @@ def _measure(
     else:
         left = recipe.time_budget - (time.perf_counter() - began)
         tail = per_eval * len(pictures.split.test) / max(1, len(pictures.validation))
-        recipe, why = plans.fit_to_time(recipe, per_step, per_eval, left - tail, given)
+        recipe, why = plans.fit_to_time(recipe, per_step, per_eval, left - tail - compiling, given)
         reasons.append(why)
-    return recipe, plans.run_seconds(recipe, per_step, per_eval)
+    return recipe, compiling + plans.run_seconds(recipe, per_step, per_eval)
 
 
 def _choose_threads(
@@ -212,7 +215,8 @@ def _choose_threads(
         return measure_step(candidate, objective, pictures.part("train"))
 
     cores, best = recipe.threads, seconds(recipe)
-    while recipe.threads > 1 and "threads" not in given and recipe.device == "cpu":
+    fixed = "threads" in given or recipe.compile or recipe.device != "cpu"
+    while recipe.threads > 1 and not fixed:
         fewer = replace(recipe, threads=recipe.threads // 2)
         found = seconds(fewer)
         if found * FEWER_THREADS > best:
@@ -262,7 +266,7 @@ def _announce(
             "model": recipe.model,
             "size": list(recipe.size),
             "fit": recipe.fit,
-            "parameters": sum(p.numel() for p in objective.exported.parameters()),
+            **_weight(objective.exported, recipe),
             "epochs": recipe.epochs,
             "steps": recipe.steps,
             "batch": recipe.batch,
@@ -277,6 +281,12 @@ def _announce(
         reporter.message(
             "There are too few pictures for a validation split: the training pictures choose."
         )
+
+
+def _weight(model: Any, recipe: Recipe) -> dict[str, int]:
+    """Parameters, and multiply-adds for one picture."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "macs": count_macs(model, (3, *recipe.size))}
 
 
 def _sizes(split: Split) -> dict[str, int]:
@@ -301,7 +311,7 @@ def _finish(
         "out": str(run.path),
         "data": config["run"]["data"],
         "model": recipe.model,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        **_weight(model, recipe),
         "size": list(recipe.size),
         "classes": list(classes),
         "images": len(pictures.prepared.images),

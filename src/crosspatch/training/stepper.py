@@ -8,6 +8,7 @@ is a function of the tensors in `tensors()` and of its number.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from typing import Any
@@ -43,6 +44,8 @@ def make_fabric(recipe: Recipe) -> Any:
             "the machine on which it was begun",
             "continue there, or train anew with --overwrite",
         )
+    # it announces bf16 on stderr, which the first screen has said already
+    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
     return Fabric(
         accelerator="cuda" if recipe.device == "cuda" else "cpu",
         devices=1,

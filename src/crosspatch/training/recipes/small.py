@@ -18,7 +18,7 @@ from typing import Any
 # Which preset: the first row whose side is not smaller than the median side of the pictures.
 # (side up to, preset, smallest model input, largest model input)
 PRESETS_CPU = (
-    (40, "crossvit_mini_32", 24, 40),
+    (40, "crossvit_micro_32", 24, 40),
     (80, "crossvit_mini_64", 64, 64),
     (None, "crossvit_mini_96", 96, 96),
 )
