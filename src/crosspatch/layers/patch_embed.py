@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from torch import Tensor, nn
+
+FILTERS = 16  # of the first convolution of a stem
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -34,11 +37,12 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions of stride 2 with batch norm down to the patch grid, for small pictures.
+    """3x3 convolutions with batch norm and max pooling down to the patch grid, for small pictures.
 
-    One layer per factor of two in `patch_size`, the widths doubling from at least 32 up to `dim`,
-    ReLU between them. Where plain patches of 32x32 pictures learn slowly, local filters learn at
-    once (Xiao et al., "Early Convolutions Help Transformers See Better", arXiv 2106.14881).
+    One convolution, ReLU and pooling by 2 per factor of two in `patch_size`, 16 filters at first and
+    twice as many each time up to `dim`, then a convolution to `dim`. Where plain patches of 32x32
+    pictures learn slowly, local filters learn at once (Xiao et al., "Early Convolutions Help
+    Transformers See Better", arXiv 2106.14881; pooling as in Hassani et al., arXiv 2104.05704).
     (B, C, H, W) to (B, h*w, dim). Raises ValueError where the patch is no power of two.
     """
 
@@ -49,11 +53,12 @@ class ConvStem(nn.Module):
             raise ValueError(
                 f"a convolutional stem takes a patch of 2, 4, 8 or 16, not {patch_size}"
             )
-        widths = [max(32, dim >> (steps - 1 - i)) for i in range(steps - 1)] + [dim]
+        widths = [in_chans, *(min(FILTERS * 2**i, dim) for i in range(steps)), dim]
         layers: list[nn.Module] = []
-        for previous, width in zip([in_chans, *widths], widths, strict=False):
-            layers += [nn.ReLU()] if layers else []
-            layers += [nn.Conv2d(previous, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width)]
+        for previous, width in pairwise(widths):
+            layers += [nn.Conv2d(previous, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)]
+            if len(layers) < 4 * steps:
+                layers += [nn.ReLU(), nn.MaxPool2d(2)]
         self.proj = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -437,7 +437,7 @@ def _small(side: int, patches: tuple[int, int], width: int, depth: tuple) -> dic
 
 
 SMALL = {
-    "crossvit_micro_32": _small(32, (4, 8), 48, ((1, 2, 0),) * 2),
+    "crossvit_micro_32": _small(32, (4, 8), 48, ((1, 1, 0),) * 2),
     "crossvit_mini_32": _small(32, (4, 8), 96, ((1, 3, 0),) * 3),
     "crossvit_mini_64": _small(64, (8, 16), 96, ((1, 3, 0),) * 3),
     "crossvit_mini_96": _small(96, (8, 16), 96, ((1, 3, 0),) * 3),

@@ -41,9 +41,9 @@ SMALL = {
         "img_size": 32,
         "patch_size": 4,
         "stem": "conv",
-        "embed_dim": 66,
+        "embed_dim": 64,
         "depth": 4,
-        "num_heads": 3,
+        "num_heads": 2,
         "mlp_ratio": 2.0,
     }
 }

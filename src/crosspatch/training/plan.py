@@ -76,7 +76,7 @@ def plan(
     reasons: list[str] = []
     shape = _shape(source, survey, n_train, machine, given, reasons)
     work = _work(source, n_train, machine, given, reasons)
-    augment = {**source.augmentation(survey.median_side), "flip": given.get("flip", True), "ops": 0}
+    augment = {**source.AUGMENT, "flip": given.get("flip", True)}
     recipe = Recipe(
         name=given.get("recipe", "small"),
         **shape,
@@ -109,9 +109,9 @@ def with_steps(recipe: Recipe, steps: int, overrides: Mapping[str, Any] | None =
     """The recipe for another number of steps: what depends on the length follows it."""
     given = check_overrides(overrides or {})
     source = load_recipe(recipe.name)
-    length = source.by_length(steps / recipe.steps_per_epoch)
+    length = source.by_length(steps / recipe.steps_per_epoch, min(recipe.size))
     warmup = min(source.WARMUP * steps, source.WARMUP_MOST * recipe.steps_per_epoch)
-    augment = replace(recipe.augment, ops=length.pop("ops"))
+    augment = replace(recipe.augment, **length.pop("augment"))
     changed = replace(recipe, steps=steps, warmup=round(warmup), augment=augment, **length)
     return _apply(changed, given)
 
@@ -184,7 +184,8 @@ def _describe_augment(recipe: Recipe, given: Mapping[str, Any]) -> str:
     flip = "mirrored and " if recipe.augment.flip else ""
     tail = "" if recipe.augment.flip else ", not mirrored"
     mixed = f", mixed by {' and '.join(recipe.mix)}" if recipe.mix else ""
-    return f"Training pictures are {flip}shifted, turned and tinted a little{tail}{mixed}."
+    done = "cropped, turned and tinted a little" if recipe.augment.ops else "cropped a little"
+    return f"Training pictures are {flip}{done}{tail}{mixed}."
 
 
 def _native_size(model: str, fallback: int) -> int:

@@ -54,18 +54,19 @@ EMA_HALF_LIFE = 0.02  # of the run
 SMOOTHING = 0.1
 CLIP = 1.0
 
-# Regularisation grows with the epochs: (epochs up to, stochastic depth, operations, mixing)
+# Regularisation grows with the epochs: (epochs up to, stochastic depth, augmentation, mixing).
+# Five epochs of CIFAR-10: with one operation and the full crops 60.8 % on test, mild 63.3 %.
+MILD: dict[str, Any] = {"crop_scale": (0.8, 1.0), "ratio": (0.9, 1.1)}
+FULL: dict[str, Any] = {"crop_scale": (0.6, 1.0), "ratio": (0.8, 1.25)}
 STRENGTH = (
-    (25, 0.0, 1, False),
-    (60, 0.05, 2, False),
-    (150, 0.1, 2, True),
-    (None, 0.1, 2, True),
+    (30, 0.0, {**MILD, "ops": 0}, False),
+    (60, 0.05, {**MILD, "ops": 2}, False),
+    (None, 0.1, {**FULL, "ops": 2}, True),
 )
+TINY_INPUT = 32  # smaller inputs are mostly signs: their crops stay mild
 MIX, MIX_PROB, MIX_ALPHA = ("mixup", "cutmix"), (0.3, 0.5), (0.4, 1.0)
 
 AUGMENT: dict[str, Any] = {
-    "crop_scale": (0.6, 1.0),
-    "ratio": (0.8, 1.25),
     "shift": 0.1,
     "rotate": 12.0,
     "shear": 6.0,
@@ -74,8 +75,6 @@ AUGMENT: dict[str, Any] = {
     "saturation": 0.2,
     "erase": 0.0,
 }
-AUGMENT_TINY_SIDE = 16  # pictures up to this side are mostly signs: they are cropped less
-AUGMENT_TINY = {"crop_scale": (0.8, 1.0), "ratio": (0.9, 1.1)}
 
 
 def row_for(table: tuple, value: float) -> tuple:
@@ -115,15 +114,12 @@ def peak_rate(batch: int) -> float:
     return min(RATE_LARGEST, RATE * (batch / RATE_BATCH) ** 0.5)
 
 
-def by_length(epochs: float) -> dict[str, Any]:
-    """The settings that depend on how often each picture is seen: drop_path, ops and mixing."""
-    _, drop_path, ops, mixed = row_for(STRENGTH, epochs)
+def by_length(epochs: float, side: int) -> dict[str, Any]:
+    """What depends on how often each picture is seen, for inputs of this side: drop_path, augment
+    (fields of AugmentConfig) and mixing."""
+    _, drop_path, augment, mixed = row_for(STRENGTH, epochs)
+    if side < TINY_INPUT:
+        augment = {**augment, **MILD}
     names, prob, alpha = (MIX, MIX_PROB, MIX_ALPHA) if mixed else ((), (), ())
-    return {
-        "drop_path": drop_path, "mix": names, "mix_prob": prob, "mix_alpha": alpha, "ops": ops,
-    }  # fmt: skip
-
-
-def augmentation(side: int) -> dict[str, Any]:
-    """AugmentConfig's fields but `flip` and `ops`, for pictures of this median side."""
-    return {**AUGMENT, **(AUGMENT_TINY if side <= AUGMENT_TINY_SIDE else {})}
+    mixing = {"mix": names, "mix_prob": prob, "mix_alpha": alpha}
+    return {"drop_path": drop_path, "augment": augment, **mixing}
