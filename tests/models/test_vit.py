@@ -310,3 +310,15 @@ def test_pruning_to_intermediates() -> None:
         got = model.forward_intermediates(IMAGE, indices=[1], intermediates_only=True)[0]
     assert len(model.blocks) == 2
     assert torch.equal(got, expected)
+
+
+def test_maps_of_reduced_tokens_lie_on_the_full_grid() -> None:
+    model = tiny().eval()
+    model.reducer = DropLeastAttended(1, 6, merge=True)
+    with torch.no_grad():
+        maps = model.forward_intermediates(IMAGE, intermediates_only=True)
+    assert [tuple(m.shape) for m in maps] == [(2, 24, 4, 4)] * 3
+    distinct = [len(torch.unique(m[0].flatten(1), dim=1)[0]) for m in maps]
+    assert distinct == [16, 6, 6]
+    with pytest.raises(ValueError, match="expected NCHW or NLC"):
+        model.forward_intermediates(IMAGE, output_fmt="NHWC")

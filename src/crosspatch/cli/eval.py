@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
@@ -49,46 +49,59 @@ def evaluate(
     existing_run(run)
     check_target(csv)
     with Screen(stderr=output.json) as screen:
-        from crosspatch.data.sources import open_source
-        from crosspatch.metrics.classification import topk as share_in_topk
-        from crosspatch.tasks.classify import Classify
-        from crosspatch.training.inference import Classifier
-
-        classifier = Classifier.open(run)
-        source = open_source(data, least_classes=1)
-        labels = match_classes(source, classifier.classes)
-        chosen, name, why = choose(run, source, split)
-        answers = classifier.probabilities(
-            [partial(source.read, int(index)) for index in chosen],
-            lambda done, total: screen.progress("evaluating", done, total),
-        )
-        keys = [source.items[index].key for index in chosen]
-        if not len(answers.ok):
-            raise DataError(
-                f"none of {len(chosen):,} pictures in {data} could be read",
-                "labelled pictures (JPEG, PNG, WebP, BMP, GIF or TIFF)",
-                f"look at them; the first is {keys[0]}: {answers.failures[0].reason}",
-            )
-        task, truth = Classify(classifier.classes), labels[chosen[answers.ok]]
-        metrics = task.metrics(answers.probs, truth)
-        k = min(topk, len(classifier.classes))
-        metrics["topk"] = {"k": k, "accuracy": share_in_topk(answers.probs, truth, k)}
-        skipped = [(one.path, one.reason) for one in source.skipped]
-        skipped += [(keys[one.index], one.reason) for one in answers.failures]
+        found = _measure(screen, run, data, split, topk)
         if csv is not None:
-            read = [keys[place] for place in answers.ok]
-            write_table(csv, task.predictions(read, truth.tolist(), answers.probs, name))
+            write_table(csv, found.rows)
         if not output.json:
-            _print(screen, f"{run} on {data}: {why}", name, metrics, skipped)
+            title = f"{run} on {data}: {found.why}"
+            _print(screen, title, found.split, found.metrics, found.skipped)
     if output.json:
-        print_json({
-            "run": str(run),
-            "data": data,
-            "split": name,
-            **metrics,
-            "skipped": [{"path": path, "reason": reason} for path, reason in skipped],
-        })  # fmt: skip
+        skipped = [{"path": path, "reason": reason} for path, reason in found.skipped]
+        head = {"run": str(run), "data": data, "split": found.split}
+        print_json({**head, **found.metrics, "skipped": skipped})
     return 0
+
+
+class _Found(NamedTuple):
+    """What was measured: on which split and why, its figures, predictions and unread files."""
+
+    split: str
+    why: str
+    metrics: dict[str, Any]
+    rows: list[dict[str, Any]]
+    skipped: list[tuple[str, str]]
+
+
+def _measure(screen: Any, run: Path, data: str, split: str, topk: int) -> _Found:
+    from crosspatch.data.sources import open_source
+    from crosspatch.metrics.classification import topk as share_in_topk
+    from crosspatch.tasks.classify import Classify
+    from crosspatch.training.inference import Classifier
+
+    classifier = Classifier.open(run)
+    source = open_source(data, least_classes=1)
+    labels = match_classes(source, classifier.classes)
+    chosen, name, why = choose(run, source, split)
+    answers = classifier.probabilities(
+        [partial(source.read, int(index)) for index in chosen],
+        lambda done, total: screen.progress("evaluating", done, total),
+    )
+    keys = [source.items[index].key for index in chosen]
+    if not len(answers.ok):
+        raise DataError(
+            f"none of {len(chosen):,} pictures in {data} could be read",
+            "labelled pictures (JPEG, PNG, WebP, BMP, GIF or TIFF)",
+            f"look at them; the first is {keys[0]}: {answers.failures[0].reason}",
+        )
+    task, truth = Classify(classifier.classes), labels[chosen[answers.ok]]
+    metrics = task.metrics(answers.probs, truth)
+    k = min(topk, len(classifier.classes))
+    metrics["topk"] = {"k": k, "accuracy": share_in_topk(answers.probs, truth, k)}
+    read = [keys[place] for place in answers.ok]
+    rows = task.predictions(read, truth.tolist(), answers.probs, name)
+    skipped = [(one.path, one.reason) for one in source.skipped]
+    skipped += [(keys[one.index], one.reason) for one in answers.failures]
+    return _Found(name, why, metrics, rows, skipped)
 
 
 def match_classes(source: Source, known: Sequence[str]) -> np.ndarray:

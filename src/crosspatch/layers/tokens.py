@@ -177,6 +177,20 @@ def recover(state: TokenState) -> Tensor:
     return take(state.tokens, state.source.clamp(min=0)) * seen.to(state.tokens.dtype)
 
 
+def as_map(state: TokenState, output_fmt: str, with_prefix: bool) -> Any:
+    """The full grid as "NCHW" (B, C, rows, columns) or "NLC" (B, P, C), timm's names for them.
+
+    With the prefix tokens (B, n_prefix, C) beside it if wanted. Raises ValueError for another
+    format.
+    """
+    if output_fmt not in ("NCHW", "NLC"):
+        raise ValueError(f"output_fmt {output_fmt!r}; expected NCHW or NLC")
+    patches = recover(state)
+    if output_fmt == "NCHW":
+        patches = patches.transpose(1, 2).unflatten(2, state.grid).contiguous()
+    return (patches, state.tokens[:, : state.n_prefix]) if with_prefix else patches
+
+
 def select_patches(state: TokenState, keep: Tensor) -> TokenState:
     """The state with only the patches `keep` (B, M), indices into the present patch tokens."""
     b = keep.shape[0]

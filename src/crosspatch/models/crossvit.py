@@ -39,7 +39,7 @@ from crosspatch.layers.block import BlockOptions
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import resize_table, square_grid
 from crosspatch.layers.resize import FixedResize
-from crosspatch.layers.tokens import Reducer, TokenState, select_patches
+from crosspatch.layers.tokens import Reducer, TokenState, as_map, select_patches
 from crosspatch.models.crossvit_fusion import FUSIONS, States
 from crosspatch.models.crossvit_stems import DaggerStem, T2TStem
 from crosspatch.models.registry import register, settings
@@ -250,8 +250,6 @@ class CrossViT(nn.Module):
 
         Their strides, fractions of the input's pixels, stand in `feature_info`.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r}; expected NCHW or NLC")
         wanted, _ = feature_take_indices(len(self.feature_info), indices)
         places = [(self.feature_info[i]["branch"], self.feature_info[i]["encoder"]) for i in wanted]
         states, collected = self.run(self.embed(x), collect={encoder for _, encoder in places})
@@ -260,10 +258,7 @@ class CrossViT(nn.Module):
             state = collected[encoder][branch]
             if norm:
                 state = state._replace(tokens=self.norm[branch](state.tokens))
-            patches = state.patches
-            if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, state.grid).contiguous()
-            maps.append((patches, state.tokens[:, :1]) if return_prefix_tokens else patches)
+            maps.append(as_map(state, output_fmt, return_prefix_tokens))
         if intermediates_only:
             return maps
         return [n(s.tokens) for n, s in zip(self.norm, states, strict=True)], maps

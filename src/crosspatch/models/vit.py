@@ -36,7 +36,7 @@ from crosspatch.layers.block import BlockOptions, BlockSpec, run_blocks
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import resize_table, square_grid
 from crosspatch.layers.stage import StageSpec, build_stages, truncated
-from crosspatch.layers.tokens import Reducer, TokenState, select_patches
+from crosspatch.layers.tokens import Reducer, TokenState, as_map, select_patches
 
 ACTIVATIONS = {
     "gelu": nn.GELU,
@@ -280,8 +280,6 @@ class VisionTransformer(nn.Module):
         As in timm: an int takes the last n blocks, None all. `stop_early` is accepted and changes
         nothing but time.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r}; expected NCHW or NLC")
         wanted, _ = feature_take_indices(len(self.blocks), indices)
         state, collected = self.run(self.embed(x), collect=set(wanted))
         maps = []
@@ -289,7 +287,7 @@ class VisionTransformer(nn.Module):
             found = collected[number]
             if norm:
                 found = found._replace(tokens=self.norm(found.tokens))
-            maps.append(_as_output(found, output_fmt, return_prefix_tokens))
+            maps.append(as_map(found, output_fmt, return_prefix_tokens))
         return maps if intermediates_only else (self.norm(state.tokens), maps)
 
     def prune_intermediate_layers(
@@ -364,13 +362,6 @@ def init_linear(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _as_output(state: TokenState, output_fmt: str, with_prefix: bool) -> Any:
-    tokens = state.patches
-    if output_fmt == "NCHW":
-        tokens = tokens.transpose(1, 2).unflatten(2, state.grid).contiguous()
-    return (tokens, state.tokens[:, : state.n_prefix]) if with_prefix else tokens
 
 
 def _stem(
