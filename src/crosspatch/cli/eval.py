@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -68,7 +68,7 @@ class _Found(NamedTuple):
     split: str
     why: str
     metrics: dict[str, Any]
-    rows: list[dict[str, Any]]
+    rows: Iterator[dict[str, Any]]
     skipped: list[tuple[str, str]]
 
 
