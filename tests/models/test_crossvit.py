@@ -123,6 +123,17 @@ def test_no_resize_where_sizes_match() -> None:
     assert all(resize(image) is image for resize in model.resize)
 
 
+def test_the_mean_of_patches_instead_of_the_class_tokens() -> None:
+    model, image = tiny(global_pool="avg").eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = model.forward_features(image)
+        assert torch.allclose(model.forward_head(features), model(image), atol=1e-6)
+        logits = [h(x[:, 1:].mean(1)) for h, x in zip(model.head, features, strict=True)]
+        assert torch.allclose(model(image), (logits[0] + logits[1]) / 2, atol=1e-6)
+    with pytest.raises(ValueError, match="expected 'token' or 'avg'"):
+        tiny(global_pool="max")
+
+
 @pytest.mark.parametrize("fusion", ["cross", "class_token", "all", "none"])
 def test_every_fusion_trains(fusion: str) -> None:
     model = tiny(fusion=fusion, drop_path_rate=0.1).train()

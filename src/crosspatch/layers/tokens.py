@@ -177,6 +177,15 @@ def recover(state: TokenState) -> Tensor:
     return take(state.tokens, state.source.clamp(min=0)) * seen.to(state.tokens.dtype)
 
 
+def mean_patch(tokens: Tensor, n_prefix: int, sizes: Tensor | None) -> Tensor:
+    """(B, C): the mean of the patch tokens (B, N, C), each weighed by its size (B, N) if given."""
+    patches = tokens[:, n_prefix:]
+    if sizes is None:
+        return patches.mean(dim=1)
+    weights = sizes[:, n_prefix:, None].to(patches.dtype)
+    return (patches * weights).sum(dim=1) / weights.sum(dim=1)
+
+
 def as_map(state: TokenState, output_fmt: str, with_prefix: bool) -> Any:
     """The full grid as "NCHW" (B, C, rows, columns) or "NLC" (B, P, C), timm's names for them.
 

@@ -39,7 +39,7 @@ from crosspatch.layers.block import BlockOptions
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import resize_table, square_grid
 from crosspatch.layers.resize import FixedResize
-from crosspatch.layers.tokens import Reducer, TokenState, as_map, select_patches
+from crosspatch.layers.tokens import Reducer, TokenState, as_map, mean_patch, select_patches
 from crosspatch.models.crossvit_fusion import FUSIONS, States
 from crosspatch.models.crossvit_stems import DaggerStem, T2TStem
 from crosspatch.models.registry import register, settings
@@ -91,6 +91,7 @@ class CrossViT(nn.Module):
         count = len(embed_dim)
         mlp_ratio = tuple(mlp_ratio)[:count]  # the authors list one more, for an MLP never built
         _check_shapes(count, patch_size, num_heads, mlp_ratio, depth, fusion)
+        _check_pooling(global_pool)
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.embed_dim, self.patch_size = tuple(embed_dim), tuple(patch_size)
         self.num_features = self.head_hidden_size = sum(embed_dim)
@@ -180,8 +181,12 @@ class CrossViT(nn.Module):
         return [r.pool(s) if r is not None else s for r, s in rows], collected
 
     def pool(self, states: States) -> list[Tensor]:
-        """The final states to the normalised class token (B, D_i) of every branch."""
-        return [norm(state.tokens[:, 0]) for norm, state in zip(self.norm, states, strict=True)]
+        """The final states to the normalised class token (B, D_i) of every branch, or to the mean
+        of its patches where `global_pool` is "avg"."""
+        rows = list(zip(self.norm, states, strict=True))
+        if self.global_pool == "avg":
+            return [mean_patch(norm(state.tokens), 1, state.sizes) for norm, state in rows]
+        return [norm(state.tokens[:, 0]) for norm, state in rows]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_chans, H, W). Logits (B, num_classes), the mean over the branches."""
@@ -198,7 +203,8 @@ class CrossViT(nn.Module):
     def forward_head(self, features: Sequence[Tensor], pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` to logits, or to the class tokens side by side (B, sum
         D_i)."""
-        pooled = [self._pool(x) for x in features]
+        mean = self.global_pool == "avg"
+        pooled = [mean_patch(x, 1, None) if mean else x[:, 0] for x in features]
         if pre_logits:
             return torch.cat([self.head_drop(x) for x in pooled], dim=-1)
         return self._classify(pooled)
@@ -210,8 +216,7 @@ class CrossViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New heads for `num_classes` (0: none) in every branch; pooling "token" or "avg"."""
         if global_pool is not None:
-            if global_pool not in ("token", "avg", ""):
-                raise ValueError(f"global_pool {global_pool!r}; expected 'token' or 'avg'")
+            _check_pooling(global_pool)
             self.global_pool = global_pool
         self.num_classes = num_classes
         self.head = self._heads(num_classes).to(next(self.parameters()))
@@ -281,9 +286,6 @@ class CrossViT(nn.Module):
 
     # ------------------------------------------------------------------ details
 
-    def _pool(self, x: Tensor) -> Tensor:
-        return x[:, 1:].mean(dim=1) if self.global_pool == "avg" else x[:, 0]
-
     def _classify(self, pooled: Sequence[Tensor]) -> Tensor:
         logits = [h(self.head_drop(x)) for h, x in zip(self.head, pooled, strict=True)]
         if self.num_classes <= 0:
@@ -325,6 +327,11 @@ def _check_shapes(count, patch_size, num_heads, mlp_ratio, depth, fusion) -> Non
             )
     if fusion not in FUSIONS:
         raise ValueError(f"fusion {fusion!r}; expected one of {', '.join(FUSIONS)}")
+
+
+def _check_pooling(global_pool: str) -> None:
+    if global_pool not in ("token", "avg", ""):
+        raise ValueError(f"global_pool {global_pool!r}; expected 'token' or 'avg'")
 
 
 def _sizes(img_size, branch_sizes, patch_size, scales) -> tuple[tuple[int, int], tuple]:

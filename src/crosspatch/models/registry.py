@@ -118,7 +118,7 @@ def create_model(
         raise UsageError(
             f"there is no model {name!r}",
             f"a name from list_models(); near this one: {near(name, list_models()) or 'none'}",
-            "try xp.list_models('crossvit*')",
+            "give one of those names; xp.list_models() in Python gives all",
         )
     try:
         model = _ENTRIES[name](**arguments) if name in _ENTRIES else _from_timm(name, arguments)

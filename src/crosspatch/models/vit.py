@@ -36,7 +36,7 @@ from crosspatch.layers.block import BlockOptions, BlockSpec, run_blocks
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import resize_table, square_grid
 from crosspatch.layers.stage import StageSpec, build_stages, truncated
-from crosspatch.layers.tokens import Reducer, TokenState, as_map, select_patches
+from crosspatch.layers.tokens import Reducer, TokenState, as_map, mean_patch, select_patches
 
 ACTIVATIONS = {
     "gelu": nn.GELU,
@@ -331,10 +331,7 @@ class VisionTransformer(nn.Module):
             return x[:, 0]
         if self.global_pool == "max":
             return x[:, n:].amax(dim=1)
-        if self.global_pool == "avg" and sizes is not None:
-            weights = sizes[:, n:, None].to(x.dtype)
-            return (x[:, n:] * weights).sum(dim=1) / weights.sum(dim=1)
-        return x[:, n:].mean(dim=1) if self.global_pool == "avg" else x
+        return mean_patch(x, n, sizes) if self.global_pool == "avg" else x
 
     def _classify(self, pooled: Any) -> Any:
         if self.head_dist is None:
