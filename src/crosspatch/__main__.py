@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m crosspatch` is the command line."""
 
 from crosspatch.cli.main import main

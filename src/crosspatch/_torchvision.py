@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lets torchvision be imported beside a CPU-only build of torch.
 
 torchvision's wheel is compiled against the CUDA build. Beside a CPU-only torch its `_C` library

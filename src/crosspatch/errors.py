@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every error a user can meet has three parts and an exit code.
 
 `got` says what we found, `expected` what we need, `do` what to type. Nothing here imports anything,

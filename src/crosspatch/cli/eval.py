@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`crosspatch eval RUN DATA`: the figures of a trained run on labelled pictures."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`crosspatch VERB …`: finds the verb, and turns every way to fail into a text and an exit code.
 
     0 ok · 1 finding · 2 wrong usage · 3 data error · 4 interrupted, can be continued · 5 internal

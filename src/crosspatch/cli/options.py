@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options that several verbs share, and how `10m`, `24x32` and counts are read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`crosspatch predict RUN IMAGES…`: names the class of files, folders and patterns."""
 
 from __future__ import annotations

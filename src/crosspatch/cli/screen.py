@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `train` shows: the plan before the first step, one line per epoch, the result at the end.
 
 `Screen` is the reporter of a training run. In a terminal a progress bar stands below the epoch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`crosspatch train DATA`: chooses, says why, trains, reports."""
 
 from __future__ import annotations

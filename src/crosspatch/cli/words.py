@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers as a person reads them: shares, times, sizes, counts."""
 
 from __future__ import annotations

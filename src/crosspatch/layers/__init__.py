@@ -1,2 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two or more models share: token state, attention, blocks, embeddings, position tables,
 resizing."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-head attention: over all tokens (with what a reducer may ask of it), and by one query."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pre-norm transformer block with free widths, and the run of a list of them over a token
 state."""
 

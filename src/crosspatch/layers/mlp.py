@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two-layer perceptron of a transformer block."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From images to a grid of patch tokens: one convolution, or a small convolutional stem."""
 
 from __future__ import annotations

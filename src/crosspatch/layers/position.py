@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learned position tables and their resizing to another grid."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Resizing to a fixed size as two constant matrix products.
 
 Bicubic resizing between two fixed sizes is linear and separable, so R(x) = Rh x Rw^T. It equals

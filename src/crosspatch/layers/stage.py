@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stages of blocks with a width of their own, and the reduction between two of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of a token sequence, passed explicitly through the blocks, and what a reducer may do to
 it.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multiply-adds of one forward pass, counted at the operators that torch runs."""
 
 from __future__ import annotations

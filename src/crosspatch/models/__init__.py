@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One backbone paper, one file. Importing this package registers every model."""
 
 from crosspatch.models import crossvit, deit

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CrossViT: two branches on patches of two sizes that talk only through their class tokens.
 
 "CrossViT: Cross-Attention Multi-Scale Vision Transformer for Image Classification", Chen, Fan,

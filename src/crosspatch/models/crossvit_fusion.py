@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CrossViT's multi-scale encoders: the blocks of every branch, and the four ways in which branches
 meet.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two stems of CrossViT besides plain patches: three convolutions (the dagger models) and T2T.
 
 "CrossViT", arXiv 2103.14899, section 4.1 (dagger) and the starred model, which takes its embedding

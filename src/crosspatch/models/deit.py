@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeiT: the plain vision transformer at patch 16, and the same with a distillation token.
 
 "Training data-efficient image transformers & distillation through attention", Touvron et al., arXiv

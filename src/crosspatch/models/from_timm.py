@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plain ViT of timm as our trunk: the same weights, the same numbers, or a refusal that says why.
 
 Whatever timm's model holds must stand on an allow-list, module types and plain attributes alike, so

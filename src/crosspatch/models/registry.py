@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names and how they become models: our table first, then timm.
 
 A name that timm has is never overwritten there; only names that it lacks are registered with it, so

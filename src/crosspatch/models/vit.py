@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trunk: one heterogeneous vision transformer.
 
 "An Image is Worth 16x16 Words", Dosovitskiy et al., arXiv 2010.11929, and "Training data-efficient

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trained run as something that names pictures: files, bytes or arrays in, probabilities out."""
 
 from __future__ import annotations
