@@ -107,6 +107,14 @@ def test_img_size_sets_each_side_of_each_branch(asked, fine, coarse) -> None:
     assert model.branch_sizes == (fine, coarse)
 
 
+@pytest.mark.parametrize("side", [224, 256, 288, 320])
+def test_sizes_at_which_timms_crossvit_crashes(side: int) -> None:
+    shape = {"embed_dim": (32, 64), "depth": ((1, 1, 0),), "num_classes": 4}
+    model = xp.create_model("crossvit_9_240", img_size=side, **shape).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, side, side)).shape == (1, 4)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(24, 90), st.integers(24, 90), st.sampled_from([1, 3, 4]))
 def test_any_size_and_any_number_of_channels_run(height: int, width: int, channels: int) -> None:
