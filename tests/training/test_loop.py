@@ -281,3 +281,12 @@ def test_several_processes_are_refused(train, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="several processes"):
         train("run")
+
+
+def test_every_epoch_is_told_also_one_that_is_not_validated(train, make_recipe):
+    reporter = Stop()
+    run, outcome = train("run", reporter, use=make_recipe(steps=28, eval_every=2))
+    assert [row["epoch"] for row in reporter.rows] == [1, 2, 3, 4]
+    assert [row["val_accuracy"] is None for row in reporter.rows] == [True, False, True, False]
+    assert [row["epoch"] for row in table(run)] == ["2", "4"]
+    assert len(outcome.rows) == 2

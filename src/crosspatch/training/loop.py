@@ -157,7 +157,8 @@ class _Fit:
                 self._evaluate_if_due()
                 while self.step < self.recipe.steps:
                     self._train_epoch()
-                    self._evaluate_if_due()
+                    if not self._evaluate_if_due():
+                        self._tell(self._row(self.clock.speed(), None))
             except (Interrupted, Stopped) as stop:
                 self._stop(stop)
             self._save()
@@ -200,11 +201,12 @@ class _Fit:
         if now - self.clock.saved >= self.save_long_seconds:
             self._save()
 
-    def _evaluate_if_due(self) -> None:
+    def _evaluate_if_due(self) -> bool:
         """Evaluation is owed, not scheduled: a kill between save and evaluation loses no row."""
         if bisect_right(self.due, self.step) <= len(self.rows):
-            return
-        row = self._row(speed=self.clock.speed())
+            return False
+        speed = self.clock.speed()
+        row = self._row(speed, self._validate())
         self.rows.append(row)
         row["best"] = self.best() is row
         self.stepper.reset_loss()
@@ -212,12 +214,16 @@ class _Fit:
             config = model_config(self.recipe, self.task.classes)
             save_model(self.run.model, self.stepper.evaluated, config)
         self.run.append_metrics(row)
-        self.reporter.epoch({**row, "remaining": self._remaining()})
+        self._tell(row)
         if time.perf_counter() - self.clock.saved >= self.save_seconds:
             self._save()
+        return True
 
-    def _row(self, speed: float) -> dict[str, Any]:
-        r, loss = self.recipe, self.stepper.mean_loss(self.step)
+    def _tell(self, row: dict[str, Any]) -> None:
+        self.reporter.epoch({**row, "remaining": self._remaining()})
+
+    def _validate(self) -> dict[str, Any]:
+        r = self.recipe
         probs = predict_probabilities(
             self.stepper.evaluated,
             self.val,
@@ -227,16 +233,23 @@ class _Fit:
             workers=r.workers,
             stop=lambda: self.signals.name is not None,
         )
-        figures = self.task.metrics(probs, self.val.labels)
+        return self.task.metrics(probs, self.val.labels)
+
+    def _row(self, speed: float, figures: dict[str, Any] | None) -> dict[str, Any]:
+        """A row of metrics.csv; an epoch that was not validated has none, and figures None.
+
+        `train_loss` is the mean since the last validation.
+        """
+        r, loss, found = self.recipe, self.stepper.mean_loss(self.step), figures or {}
         return {
             "epoch": -(-self.step // r.steps_per_epoch),
             "epochs": r.epochs,
             "step": self.step,
             "train_loss": loss,
-            "val_loss": figures["nll"],
-            "val_accuracy": figures["accuracy"],
-            "val_low": figures["low"],
-            "val_high": figures["high"],
+            "val_loss": found.get("nll"),
+            "val_accuracy": found.get("accuracy"),
+            "val_low": found.get("low"),
+            "val_high": found.get("high"),
             "lr": self.stepper.lr(self.step - 1),
             "images_per_second": round(speed, 1),
             "elapsed": round(self.clock.elapsed(), 1),
