@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 import crosspatch as xp
 from crosspatch.metrics.macs import count_macs
 from crosspatch.training.session import train_run
+from hardware import processor
 
 MODELS = {
     "cross": ("crossvit_micro_32", {}),
@@ -67,7 +67,7 @@ def trained(data: str, kind: str, seed: int, epochs: int, threads: int) -> dict:
         "parameters": summary["parameters"],
         "seconds": round(summary["seconds"]),
         "threads": threads,
-        "machine": f"{platform.processor() or platform.machine()} cpu",
+        "machine": processor(),
         "torch": torch.__version__,
         "crosspatch": xp.__version__,
         "date": date.today().isoformat(),

@@ -40,6 +40,7 @@ from crosspatch.data.loading import Batch, train_batches
 from crosspatch.data.prepare import ImageSet, prepare
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.sources import open_source
+from hardware import processor
 
 SIDE, BATCH = 256, 128
 USUAL = AugmentConfig(
@@ -178,13 +179,6 @@ def row(what: str, unit: str, figures: list[float], ratio: str) -> dict:
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, pillow {PIL.__version__}",
     }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
 def main() -> None:
