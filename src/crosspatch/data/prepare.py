@@ -8,6 +8,7 @@ is no limit. A set that does not fit is decoded again in every epoch.
 
 from __future__ import annotations
 
+import math
 import mmap
 import multiprocessing
 import os
@@ -156,8 +157,7 @@ def prepare(
     called with (done, total). Raises DataError when no picture at all can be read.
     """
     height, width = preprocess.store
-    needed = len(source) * height * width * 3
-    fits = needed <= memory_fraction * free_memory()
+    fits, _ = plan_memory(len(source), preprocess, memory_fraction)
     buffer = _shared_buffer(len(source), height, width) if fits else None
     faults = dict(_fill(source, preprocess, buffer, workers, progress))
     kept = np.array([i for i in range(len(source)) if i not in faults], dtype=np.int64)
@@ -168,7 +168,7 @@ def prepare(
         ImageSet(source, preprocess, kept, buffer),
         kept,
         sorted([*source.skipped, *skipped], key=lambda one: one.path),
-        _message(len(kept), needed, fits),
+        _message(len(kept), preprocess, fits),
     )
 
 
@@ -316,8 +316,20 @@ def _nothing_readable(source: Source) -> DataError:
     )
 
 
-def _message(count: int, needed: int, fits: bool) -> str:
-    size = _megabytes(needed)
+def plan_memory(
+    count: int, preprocess: Preprocess, memory_fraction: float = 0.4
+) -> tuple[bool, str]:
+    """Whether `count` decoded pictures fit into that part of the free memory, and a line on it."""
+    fits = _bytes(count, preprocess) <= memory_fraction * free_memory()
+    return fits, _message(count, preprocess, fits)
+
+
+def _bytes(count: int, preprocess: Preprocess) -> int:
+    return 3 * count * math.prod(preprocess.store)
+
+
+def _message(count: int, preprocess: Preprocess, fits: bool) -> str:
+    size = _megabytes(_bytes(count, preprocess))
     if fits:
         return f"{size} for {count:,} pictures held in memory"
     free = _megabytes(free_memory())

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 
 import crosspatch
-from crosspatch.data.prepare import ImageSet, Prepared, prepare, survey, write_skipped
+from crosspatch.data.prepare import (
+    ImageSet,
+    Prepared,
+    plan_memory,
+    prepare,
+    survey,
+    write_skipped,
+)
 from crosspatch.data.sources import DIGITS, Source, open_source
 from crosspatch.data.split import SPLITS, Split, make_split, read_split, write_split
 from crosspatch.errors import DataError, UsageError
@@ -176,6 +183,8 @@ def _continue(
 
 
 def _prepare(source: Source, recipe: Recipe, reporter: Reporter) -> Prepared:
+    _, memory = plan_memory(len(source), recipe.preprocess)
+    reporter.message(f"reading: {memory}")
     tell = lambda done, total: reporter.progress("reading pictures", done, total)
     return prepare(source, recipe.preprocess, progress=tell)
 
