@@ -9,7 +9,14 @@ import pytest
 from crosspatch.errors import UsageError
 from crosspatch.models.registry import list_models
 from crosspatch.training.machine import Machine, quota_cores
-from crosspatch.training.plan import fit_to_time, plan, run_seconds, space_evaluations, with_steps
+from crosspatch.training.plan import (
+    describe_augment,
+    fit_to_time,
+    plan,
+    run_seconds,
+    space_evaluations,
+    with_steps,
+)
 from crosspatch.training.recipes import small
 
 CPU = Machine(cores=2, memory=8 << 30)
@@ -152,3 +159,12 @@ def test_validation_is_spaced_when_it_is_dear():
 )
 def test_container_quota(text, cores):
     assert quota_cores(text) == cores
+
+
+def test_what_is_said_of_the_augmentation_is_that_of_the_final_length():
+    recipe, reasons = plan(Sides(32), 10_000, 10, CPU, {"time": 1e6})
+    assert not any("Training pictures" in reason for reason in reasons)
+    assert describe_augment(recipe) == "Training pictures are mirrored and cropped a little."
+    fitted, _ = fit_to_time(recipe, 0.01, 0.1, 1e6)
+    told = "cropped, turned and tinted a little, mixed by mixup and cutmix."
+    assert describe_augment(fitted) == f"Training pictures are mirrored and {told}"

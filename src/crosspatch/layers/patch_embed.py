@@ -41,11 +41,12 @@ class PatchEmbed(nn.Module):
 class ConvStem(nn.Module):
     """3x3 convolutions with batch norm and max pooling down to the patch grid, for small pictures.
 
-    One convolution, ReLU and pooling by 2 per factor of two in `patch_size`, 16 filters at first
-    and twice as many each time up to `dim`, then a convolution to `dim`. Where plain patches of
-    32x32 pictures learn slowly, local filters learn at once (Xiao et al., "Early Convolutions Help
-    Transformers See Better", arXiv 2106.14881; pooling as in Hassani et al., arXiv 2104.05704).
-    (B, C, H, W) to (B, h*w, dim). Raises ValueError where the patch is no power of two.
+    One convolution, pooling by 2, norm and ReLU per factor of two in `patch_size`, 16 filters at
+    first and twice as many each time up to `dim`, then a convolution to `dim`. Where plain patches
+    of 32x32 pictures learn slowly, local filters learn at once (Xiao et al., "Early Convolutions
+    Help Transformers See Better", arXiv 2106.14881; pooling as in Hassani et al., arXiv
+    2104.05704). (B, C, H, W) to (B, h*w, dim). Raises ValueError where the patch is no power of
+    two.
     """
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:

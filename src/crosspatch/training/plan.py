@@ -101,7 +101,6 @@ def plan(
         time_budget=given.get("time"),
     )
     recipe = with_steps(recipe, recipe.steps, given)
-    reasons.append(_describe_augment(recipe, given))
     return recipe, reasons
 
 
@@ -180,7 +179,8 @@ def _work(
     return {"batch": batch, "steps_per_epoch": per_epoch, "steps": steps, "lr": lr}
 
 
-def _describe_augment(recipe: Recipe, given: Mapping[str, Any]) -> str:
+def describe_augment(recipe: Recipe) -> str:
+    """A sentence about how training pictures are changed; it depends on the final length."""
     flip = "mirrored and " if recipe.augment.flip else ""
     tail = "" if recipe.augment.flip else ", not mirrored"
     mixed = f", mixed by {' and '.join(recipe.mix)}" if recipe.mix else ""

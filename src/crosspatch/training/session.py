@@ -130,6 +130,7 @@ def _begin(
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     recipe = replace(recipe, **shape, workers=workers)
     recipe, estimate = _measure(recipe, pictures, given, reasons, began)
+    reasons.append(plans.describe_augment(recipe))
     config = {
         "run": {
             "data": str(spec),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes by name. A recipe is a module of constants with `settings(...)`."""
+"""Recipes by name. A recipe is a module of constants and the functions that look them up."""
 
 from __future__ import annotations
 
