@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from crosspatch.errors import Interrupted, UsageError
 from crosspatch.training.loop import Silent, fit
 from crosspatch.training.objective import make_objective
-from crosspatch.training.run import RunFolder, load_model
+from crosspatch.training.package import load_model
+from crosspatch.training.run import RunFolder
 from crosspatch.training.state import BEFORE, LAST, load_state
 
 TIMES = ("elapsed", "images_per_second", "remaining")
@@ -94,14 +95,14 @@ def test_it_learns_and_reports(train, make_recipe):
     assert reporter.rows[-1]["remaining"] == 0
     assert all(row["val_low"] <= row["val_accuracy"] <= row["val_high"] for row in reporter.rows)
     assert len(table(run)) == 12
-    model, classes, _ = load_model(run.path)
+    model, classes, *_ = load_model(run.path)
     assert classes == ("row0", "row1", "row2")
     assert not model.training
 
 
 def test_the_best_by_validation_is_kept(train, images):
     run, outcome = train("run")
-    model, _, _ = load_model(run.path)
+    model = load_model(run.path).module
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     from crosspatch.tasks.classify import Classify
     from crosspatch.training.evaluation import evaluate

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from crosspatch.errors import DataError, UsageError
-from crosspatch.training.package import build_model, model_config, save_model
-from crosspatch.training.run import METRIC_COLUMNS, RunFolder, load_model
+from crosspatch.training.package import build_model, load_model, model_config, save_model
+from crosspatch.training.run import METRIC_COLUMNS, RunFolder
 
 
 def begun(path):
@@ -93,7 +93,7 @@ def model_folder(tmp_path, recipe):
 def test_a_model_comes_back(model_folder, recipe):
     folder, model = model_folder
     for path in (folder, folder.parent, str(folder)):
-        again, classes, preprocess = load_model(path)
+        again, classes, preprocess, *_ = load_model(path)
         assert classes == ("a", "b", "c")
         assert preprocess == recipe.preprocess
         assert not again.training

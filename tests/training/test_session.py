@@ -18,7 +18,7 @@ from crosspatch.data.decode import UnreadableImage
 from crosspatch.errors import DataError, Interrupted, UsageError
 from crosspatch.training import session
 from crosspatch.training.loop import Silent
-from crosspatch.training.run import load_model
+from crosspatch.training.package import load_model
 from crosspatch.training.session import train_run
 
 TINY = {"model": "tiny", "size": 8, "batch": 8, "epochs": 3, "lr": 5e-3}
@@ -91,7 +91,7 @@ def test_what_the_folder_holds(opened, tmp_path):
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     assert report["test"] == summary["test"]
     assert len(report["history"]) == 3
-    model, classes, preprocess = load_model(tmp_path / "r")
+    model, classes, preprocess, *_ = load_model(tmp_path / "r")
     assert (classes, preprocess.size) == (opened.classes, (8, 8))
     assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
 

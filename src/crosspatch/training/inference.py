@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from crosspatch.data.augment import normalise
 from crosspatch.data.decode import UnreadableImage, decode
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.training.run import load_model
+from crosspatch.training.package import load_model
 
 Picture = str | Path | bytes | np.ndarray | Callable[[], "bytes | np.ndarray"]
 """A file, the bytes of one, uint8 pixels (H, W, 3), or a call that gives bytes or pixels."""
@@ -43,7 +43,8 @@ class Answers(NamedTuple):
 class Classifier:
     """A model with its class names and its preprocessing, in evaluation mode.
 
-    model: normalised (B, 3, H, W) -> logits (B, K); device: where it runs (None: the accelerator).
+    model: normalised (B, 3, H, W) -> logits (B, K); device: where it runs (None: the
+    accelerator); temperature: what the logits are divided by.
     """
 
     def __init__(
@@ -52,16 +53,19 @@ class Classifier:
         classes: Sequence[str],
         preprocess: Preprocess,
         device: torch.device | str | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.eval().to(self.device)
         self.classes = tuple(classes)
         self.preprocess = preprocess
+        self.temperature = temperature
 
     @classmethod
     def open(cls, run: str | Path, device: torch.device | str | None = None) -> Classifier:
         """The classifier that a run folder holds. Raises DataError when it holds none."""
-        return cls(*load_model(run), device)
+        trained = load_model(run)
+        return cls(trained.module, trained.classes, trained.preprocess, device, trained.temperature)
 
     def probabilities(
         self,
@@ -118,4 +122,4 @@ class Classifier:
     def _forward(self, images: Tensor) -> np.ndarray:
         """images: (B, H', W', 3) uint8 -> probabilities (B, K) float32."""
         inputs = normalise(images.to(self.device), self.preprocess)
-        return self.model(inputs).float().softmax(dim=-1).cpu().numpy()
+        return (self.model(inputs).float() / self.temperature).softmax(dim=-1).cpu().numpy()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.errors import DataError
@@ -59,6 +59,8 @@ def model_config(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
         "model_args": arguments,
         "preprocessing": recipe.preprocess.to_dict(),
         "transforms": [],
+        "temperature": 1.0,
+        "calibrated_on": 0,
         "pretrained_cfg": {
             "input_size": [3, *recipe.size],
             "interpolation": "bicubic",
@@ -73,11 +75,23 @@ def model_config(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
 def save_model(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
     """Write config.json and model.safetensors, each aside first and renamed when whole."""
     aside = write_aside(folder / WEIGHTS, module.state_dict(), {"format": "pt"})
+    _write_config(folder, config)
+    os.replace(aside, folder / WEIGHTS)
+    flush_folder(folder)
+
+
+def save_temperature(folder: Path, temperature: float, pictures: int) -> None:
+    """Note in config.json what logits are divided by, and on how many validation pictures that was
+    fitted."""
+    config = read_config(folder) | {"temperature": temperature, "calibrated_on": pictures}
+    _write_config(folder, config)
+    flush_folder(folder)
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
     draft = folder / f".writing-{CONFIG}"
     draft.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(draft, folder / CONFIG)
-    os.replace(aside, folder / WEIGHTS)
-    flush_folder(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -99,17 +113,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_model(run: str | Path) -> tuple[nn.Module, tuple[str, ...], Preprocess]:
-    """The trained model of a run folder (or of its `model/`): (module in eval mode, classes,
-    preprocessing).
+class Trained(NamedTuple):
+    """A trained model: its module in evaluation mode (normalised (B, 3, H, W) -> logits (B, K)),
+    class names, preprocessing, what its logits are divided by for calibrated probabilities, and on
+    how many validation pictures that was fitted (0: it was not)."""
 
-    Raises DataError when files are missing, damaged or do not fit each other.
+    module: nn.Module
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    temperature: float
+    calibrated_on: int
+
+
+def model_folder(run: str | Path) -> Path:
+    """`model/` of a run folder, or the folder itself where it is that already."""
+    folder = Path(run)
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def load_model(run: str | Path) -> Trained:
+    """The trained model of a run folder (or of its `model/`).
+
+    Raises DataError when files are missing, damaged or do not fit each other, and when a weight is
+    not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(run)
-    folder = folder / "model" if (folder / "model").is_dir() else folder
+    folder = model_folder(run)
     config = read_config(folder)
     path = folder / WEIGHTS
     try:
@@ -133,5 +164,17 @@ def load_model(run: str | Path) -> tuple[nn.Module, tuple[str, ...], Preprocess]
             "weights and config.json of one run",
             "train again",
         ) from error
-    preprocess = Preprocess.from_dict(config["preprocessing"])
-    return module.eval(), tuple(config["class_names"]), preprocess
+    bad = [name for name, w in weights.items() if w.is_floating_point() and not w.isfinite().all()]
+    if bad:
+        raise DataError(
+            f"{path} holds weights that are not finite: {', '.join(bad[:3])}",
+            "weights of a training that did not diverge",
+            "train again with a lower rate (--lr)",
+        )
+    return Trained(
+        module.eval(),
+        tuple(config["class_names"]),
+        Preprocess.from_dict(config["preprocessing"]),
+        float(config.get("temperature", 1.0)),
+        int(config.get("calibrated_on", 0)),
+    )

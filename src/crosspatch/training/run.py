@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crosspatch.errors import DataError, UsageError
-from crosspatch.training.package import load_model
 from crosspatch.training.state import TEMPORARY, sweep
-
-__all__ = ["METRIC_COLUMNS", "RunFolder", "load_model"]
 
 METRIC_COLUMNS: tuple[str, ...] = (
     "epoch", "epochs", "step", "train_loss", "val_loss", "val_accuracy", "val_low", "val_high",

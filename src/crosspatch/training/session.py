@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,19 @@ from crosspatch.data.prepare import (
 from crosspatch.data.sources import DIGITS, Source, open_source
 from crosspatch.data.split import SPLITS, Split, make_split, read_split, write_split
 from crosspatch.errors import DataError, UsageError
+from crosspatch.metrics.calibration import apply_temperature, fit_temperature
+from crosspatch.metrics.classification import ece, nll
 from crosspatch.metrics.macs import count_macs
 from crosspatch.tasks.classify import PREDICTION_COLUMNS, Classify
 from crosspatch.training import machine as machines
 from crosspatch.training import plan as plans
-from crosspatch.training.evaluation import evaluate
+from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.loop import Outcome, Reporter, Silent, fit
 from crosspatch.training.measure import measure_evaluation, measure_step
 from crosspatch.training.objective import make_objective
+from crosspatch.training.package import load_model, save_temperature
 from crosspatch.training.recipe import Recipe
-from crosspatch.training.run import RunFolder, load_model
+from crosspatch.training.run import RunFolder
 
 VERSIONED = ("torch", "numpy", "timm", "lightning-fabric", "safetensors", "pillow")
 FEWER_THREADS = 1.4  # half the threads must be this much faster, so that a quiet machine keeps all
@@ -86,7 +90,7 @@ def train_run(
     overrides: see `training.plan`. Validation chooses the weights; test is touched once, at the
     end. Summary: run, out, data, model, parameters, size, classes, images, skipped, split, epochs,
     steps, best (row of metrics.csv), val and test (figures of the task, None without pictures),
-    seconds, files.
+    calibration (temperature, images it was fitted on), seconds, files.
     Raises UsageError, DataError, Interrupted (exit codes 2, 3, 4).
     """
     began = time.perf_counter()
@@ -312,9 +316,8 @@ def _finish(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Judge the chosen weights on val and, this once, on test; write the tables and the report."""
-    model, classes, _ = load_model(run.path)
-    model.to(recipe.device)
-    figures, rows = _judge(model, recipe, pictures, reporter)
+    model = load_model(run.path).module.to(recipe.device)
+    figures, rows = _judge(run, model, recipe, pictures, reporter)
     run.write_predictions(PREDICTION_COLUMNS, rows)
     summary = {
         "run": str(run.path),
@@ -323,7 +326,7 @@ def _finish(
         "model": recipe.model,
         **_weight(model, recipe),
         "size": list(recipe.size),
-        "classes": list(classes),
+        "classes": list(pictures.source.classes),
         "images": len(pictures.prepared.images),
         "skipped": len(pictures.prepared.skipped),
         "split": _sizes(pictures.split),
@@ -332,6 +335,7 @@ def _finish(
         "best": outcome.best,
         "val": figures["val"],
         "test": figures["test"],
+        "calibration": figures["calibration"],
         "seconds": outcome.seconds,
     }
     run.write_report({"schema": 1, **summary, "history": outcome.rows, "config": config})
@@ -339,28 +343,35 @@ def _finish(
 
 
 def _judge(
-    model: Any, recipe: Recipe, pictures: _Pictures, reporter: Reporter
+    run: RunFolder, model: Any, recipe: Recipe, pictures: _Pictures, reporter: Reporter
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    task = Classify(pictures.source.classes)
-    figures: dict[str, Any] = {}
+    """Figures of val and test, and a row per picture. Validation, where there is any, sets the
+    temperature of all probabilities."""
+    task, temperature = Classify(pictures.source.classes), 1.0
+    figures: dict[str, Any] = {"calibration": {"temperature": 1.0, "images": 0}}
     rows: list[dict[str, Any]] = []
-    for name in ("val", "test"):
+    for name, doing in (("val", "validating"), ("test", "testing")):
         images = pictures.part(name)
         if not len(images):
             figures[name] = None
             continue
-        figures[name], probs = evaluate(
+        raw = predict_probabilities(
             model,
             images,
-            task,
             recipe.eval_batch,
             precision=recipe.precision,
             workers=recipe.workers,
-            progress=lambda done, total, what=name: reporter.progress(
-                "testing" if what == "test" else "validating", done, total
-            ),
-        )
-        rows.extend(task.predictions(images.keys, images.labels.tolist(), probs, name))
+            progress=partial(reporter.progress, doing),
+        ).numpy()
+        labels = images.labels.numpy()
+        if name == "val":
+            temperature = fit_temperature(raw, labels)
+            save_temperature(run.model, temperature, len(images))
+            figures["calibration"] = {"temperature": temperature, "images": len(images)}
+        probs = apply_temperature(raw, temperature)
+        figures[name] = task.metrics(probs, labels)
+        figures[name]["uncalibrated"] = {"nll": nll(raw, labels), "ece": ece(raw, labels)}
+        rows.extend(task.predictions(images.keys, labels.tolist(), probs, name))
     return figures, rows
 
 

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Out of the training script: one file that holds the network, its preprocessing and its classes.
+
+bundle     what a bundle says of itself, and the reading of it; no torch
+graph      the network with everything around it: uint8 pixels in, calibrated probabilities out
+export     a run -> one ONNX file, an OpenVINO pair, a torch.export archive
+quantise   int8 of the products by a constant, dynamic or with static scales
+engines    ONNX Runtime and OpenVINO behind one call; no torch
+choice     which engine and how many threads: a short measurement, kept per machine and bundle
+predictor  files, bytes and arrays in, answers out; no torch
+loading    a run folder or a bundle -> Predictor (`crosspatch.load`)
+verify     a bundle against the torch model, on the user's own pictures
+client     the tiny client that is written beside a bundle: numpy, onnxruntime and Pillow only
+bench      engine x precision x batch x threads on this machine
+"""

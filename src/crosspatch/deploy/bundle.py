@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bundle says of itself: one JSON object in the model file, read before any engine sees it.
+
+A bundle is one ONNX file, or the pair of files that OpenVINO writes. Its graph takes uint8 RGB
+pictures (B, H, W, 3) of the model's size and gives calibrated probabilities (B, K) float32. This
+module does not import torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosspatch.data.preprocess import Preprocess
+from crosspatch.errors import DataError, UsageError
+
+SCHEMA = 1
+KEY = "crosspatch"
+"""The entry of the model file's metadata that holds the JSON object."""
+INPUT, OUTPUT = "image", "probabilities"
+PRECISIONS = ("fp32", "int8-dynamic", "int8-static")
+INSTALL = {
+    "onnx": "pip install 'crosspatch[onnx]'",
+    "onnxruntime": "pip install 'crosspatch[onnx]'",
+    "onnxscript": "pip install 'crosspatch[onnx]'",
+    "openvino": "pip install 'crosspatch[openvino]'",
+    "matplotlib": "pip install 'crosspatch[figures]'",
+}
+DECODING = {
+    "orientation": "turned upright as its EXIF entry says",
+    "grey": "the one channel is used for red, green and blue",
+    "16-bit": "divided by the full scale of the fewest bits (8, 10, 12, 14, 16) that hold it",
+    "cmyk": "converted to RGB without a profile",
+    "transparency": "laid over white",
+    "channels": "RGB",
+}
+"""How a picture file becomes RGB pixels, in words; `crosspatch.data.decode` does it."""
+CHECKS = 2  # pictures made by a formula, whose probabilities stand in the bundle
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleInfo:
+    """Everything that a bundle says of itself.
+
+    classes: names in the order of the probabilities; preprocess: how a picture becomes the input;
+    temperature: what the logits are divided by, fitted on `calibrated_on` validation pictures (0:
+    not fitted); accuracy: {split, images, accuracy, low, high} of the run, or None; weights: sha256
+    of the run's model.safetensors; check: what torch gave for `check_pictures`, (CHECKS, K).
+    """
+
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    architecture: str
+    parameters: int
+    macs: int
+    weights: str
+    precision: str = "fp32"
+    temperature: float = 1.0
+    calibrated_on: int = 0
+    accuracy: dict[str, Any] | None = None
+    check: tuple[tuple[float, ...], ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    decoding: dict[str, str] = field(default_factory=lambda: dict(DECODING))
+    task: str = "classify"
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """One JSON object; the inverse of `from_json`."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.dumps(plain | {"preprocess": self.preprocess.to_dict()}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "the bundle") -> BundleInfo:
+        """Reads and checks it. Raises DataError for another schema and for what makes no sense."""
+        advice = "export the run again with this version of crosspatch"
+        try:
+            given = json.loads(text)
+            schema = int(given["schema"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{name} has no readable description", "a bundle of crosspatch", advice
+            ) from error
+        if schema > SCHEMA:
+            raise DataError(
+                f"{name} has schema {schema}",
+                f"this version of crosspatch reads bundles up to schema {SCHEMA}",
+                "update crosspatch, or export the run again with this version",
+            )
+        try:
+            return cls(**_checked(given))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"the description in {name} makes no sense ({error})",
+                f"a description of schema {SCHEMA}",
+                advice,
+            ) from error
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a BundleInfo; raises ValueError and its kin for anything impossible."""
+    classes = tuple(given["classes"])
+    check = tuple(tuple(float(p) for p in row) for row in given["check"])
+    temperature = float(given["temperature"])
+    if not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes must be names")
+    if given["precision"] not in PRECISIONS:
+        raise ValueError(f"precision {given['precision']!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature {temperature}")
+    if any(len(row) != len(classes) for row in check):
+        raise ValueError("check rows have another length than classes")
+    preprocess = Preprocess.from_dict(given["preprocess"])
+    made = {"classes": classes, "check": check, "temperature": temperature}
+    return given | made | {"preprocess": preprocess}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk. format: "onnx" or "openvino"; hash: sha256 of its files; size: bytes."""
+
+    path: Path
+    format: str
+    info: BundleInfo
+    hash: str
+    size: int
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """What stands in a bundle, without running it.
+
+    Raises UsageError when the path is no bundle's, DataError when the file is damaged, is not ours,
+    is of a newer schema or refers to data outside of it.
+    """
+    path = Path(path)
+    readers = {".onnx": ("onnx", _onnx_text), ".xml": ("openvino", _openvino_text)}
+    if path.suffix not in readers:
+        raise UsageError(
+            f"{path} is not a bundle",
+            "a bundle is a file .onnx or .xml; an archive .pt2 is for torch alone, not loaded here",
+            "crosspatch export RUN --to onnx",
+        )
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", "a bundle", "crosspatch export RUN --to onnx")
+    kind, text = readers[path.suffix]
+    files = [path] if kind == "onnx" else [path, path.with_suffix(".bin")]
+    info = BundleInfo.from_json(text(path), str(path))
+    digest, size = hashlib.sha256(), 0
+    for file in files:
+        with file.open("rb") as stream:
+            for part in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(part)
+                size += len(part)
+    return Bundle(path, kind, info, digest.hexdigest(), size)
+
+
+def _onnx_text(path: Path) -> str:
+    onnx = needed("onnx")
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except Exception as error:  # protobuf's errors have no common base
+        raise DataError(
+            f"{path} cannot be read as ONNX ({error})",
+            "a whole ONNX file",
+            "export the run again",
+        ) from error
+    outside = next((t.name for t in _tensors(model) if t.external_data or t.data_location), None)
+    if outside is not None:
+        raise DataError(
+            f"{path} refers to data outside of it (tensor {outside!r})",
+            "one file that holds all its weights",
+            "export the run again with crosspatch export",
+        )
+    texts = {entry.key: entry.value for entry in model.metadata_props}
+    return _described(texts.get(KEY), path)
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    """Every tensor in an ONNX model, those in attributes and subgraphs too."""
+    yield from model.graph.initializer
+    nodes = [*model.graph.node, *(node for f in model.functions for node in f.node)]
+    while nodes:
+        for attribute in nodes.pop().attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from graph.initializer
+                nodes += graph.node
+
+
+def _openvino_text(path: Path) -> str:
+    openvino = needed("openvino")
+    if not path.with_suffix(".bin").is_file():
+        raise DataError(
+            f"{path.with_suffix('.bin')} is missing",
+            "the two files that OpenVINO writes, side by side",
+            "copy both, or export the run again",
+        )
+    try:
+        model = openvino.Core().read_model(path)
+        found = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read by OpenVINO ({str(error).splitlines()[0]})",
+            "a whole model",
+            "export the run again",
+        ) from error
+    return _described(found, path)
+
+
+def _described(text: str | None, path: Path) -> str:
+    if text is None:
+        raise DataError(
+            f"{path} does not say what it is",
+            "a bundle that crosspatch wrote",
+            "crosspatch export RUN --to onnx",
+        )
+    return text
+
+
+def needed(name: str) -> Any:
+    """An optional package. Raises UsageError with the command that installs it."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(
+            f"{name} cannot be imported ({error})", f"{name} is needed for this", INSTALL[name]
+        ) from error
+
+
+def check_pictures(size: tuple[int, int], count: int = CHECKS) -> np.ndarray:
+    """Pictures (count, H, W, 3) uint8 made by a formula: waves of several lengths in each colour.
+
+    The same on every machine; a bundle carries what torch makes of them.
+    """
+    height, width = size
+    n, y, x, c = np.ogrid[:count, :height, :width, :3]
+    wave = (7 + 3 * n + 2 * c) * x * 4096 // width + (5 + 2 * n + 3 * c) * y * 4096 // height
+    turn = wave * 256 // 4096 % 512
+    return np.where(turn < 256, turn, 511 - turn).astype(np.uint8)
