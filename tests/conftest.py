@@ -1,8 +1,11 @@
-"""One thread per test process, and torchvision's operators before anybody imports it."""
+"""One thread per test process, no cache of the user's, and torchvision's operators before anybody imports it."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CROSSPATCH_LINEAR", "off")  # the same bits wherever the tests run
+os.environ["CROSSPATCH_CACHE"] = os.path.join(tempfile.gettempdir(), f"crosspatch-{os.getpid()}")
 
 import crosspatch._torchvision  # noqa: F401
 

@@ -6,8 +6,17 @@ import pytest
 import torch
 
 import crosspatch as xp
+from crosspatch.layers.linear import switched
 from crosspatch.models.crossvit import CrossViT
 from support import goldens
+
+
+@pytest.fixture(params=["off", "on"], autouse=True)
+def products(request):
+    """Large products through torch's own BLAS, and through oneDNN."""
+    with switched(request.param):
+        yield
+
 
 NAMED = [
     "crossvit/crossvit_tiny_224",

@@ -54,7 +54,7 @@ def test_parameters_and_macs_of_the_table(name: str) -> None:
         model = xp.create_model(name).eval()
         image = torch.zeros(1, 3, *model.img_size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(image)
+            model.forward_head(model.forward_features(image))  # every token of the last block
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.006)
     if gmacs is not None:
         assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.005)
@@ -73,7 +73,7 @@ def test_two_heads_are_averaged_and_both_are_replaced() -> None:
     with torch.no_grad():
         tokens = model.forward_features(IMAGE)
         mean = (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2
-        assert torch.equal(model(IMAGE), mean)
+        torch.testing.assert_close(model(IMAGE), mean, rtol=1e-5, atol=1e-6)
         model.reset_classifier(7)
         assert model(IMAGE).shape == (2, 7)
     assert [head.out_features for head in model.get_classifier()] == [7, 7]
@@ -100,9 +100,11 @@ def test_the_parts_compose_to_the_whole(arguments) -> None:
     model.eval()
     with torch.no_grad():
         whole = model(IMAGE)
-        assert torch.equal(model.forward_head(model.forward_features(IMAGE)), whole)
+        torch.testing.assert_close(full(model, IMAGE), whole, rtol=1e-5, atol=1e-6)
         state, _ = model.run(model.embed(IMAGE))
-        assert torch.equal(model._classify(model.pool(state)), whole)
+        torch.testing.assert_close(
+            model._classify(model.pool(state)), whole, rtol=1e-5, atol=1e-6
+        )
         features = model.forward_head(model.forward_features(IMAGE), pre_logits=True)
         assert features.shape == (2, 24)
 
@@ -322,3 +324,50 @@ def test_maps_of_reduced_tokens_lie_on_the_full_grid() -> None:
     assert distinct == [16, 6, 6]
     with pytest.raises(ValueError, match="expected NCHW or NLC"):
         model.forward_intermediates(IMAGE, output_fmt="NHWC")
+
+
+def full(model: VisionTransformer, x: torch.Tensor) -> torch.Tensor:
+    """Logits with every token of the last block computed."""
+    return model.forward_head(model.forward_features(x))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"reg_tokens": 2},
+        {"dist_token": True},
+        {"qk_norm": True, "init_values": 0.1},
+        {"global_pool": "avg", "class_token": False},
+        {"mlp_ratio": 0.0},
+    ],
+)
+def test_the_last_block_computes_what_is_read_and_nothing_else(arguments: dict) -> None:
+    model = VisionTransformer(
+        32, 8, embed_dim=24, depth=3, num_heads=3, num_classes=5, **arguments
+    ).eval()
+    torch.testing.assert_close(model(IMAGE), full(model, IMAGE), atol=1e-5, rtol=1e-5)
+    gradients = []
+    for forward in (model, lambda x: full(model, x)):
+        model.zero_grad()
+        forward(IMAGE).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def macs(forward) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(IMAGE)
+    return counter.get_total_flops() // 2
+
+
+def test_a_hook_on_the_last_block_sees_every_token() -> None:
+    model = VisionTransformer(32, 8, embed_dim=24, depth=2, num_heads=3, num_classes=5).eval()
+    assert macs(model) < macs(lambda x: full(model, x))
+    shapes = []
+    handle = model.blocks[-1].mlp.register_forward_hook(lambda *a: shapes.append(a[2].shape))
+    model(IMAGE)
+    handle.remove()
+    assert shapes == [(2, 17, 24)]
+    assert macs(model) < macs(lambda x: full(model, x))

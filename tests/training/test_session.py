@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from crosspatch.data.decode import UnreadableImage
 from crosspatch.errors import DataError, Interrupted, UsageError
-from crosspatch.training import session
+from crosspatch.training import plan, session
 from crosspatch.training.loop import Silent
+from crosspatch.training.machine import look
 from crosspatch.training.package import load_model
 from crosspatch.training.session import train_run
 
@@ -207,3 +208,19 @@ def test_fewer_threads_are_taken_only_where_they_are_clearly_faster(images, reci
     assert choose({8: 1.0, 4: 0.5, 2: 0.4}) == 4
     assert choose({8: 9.0, 4: 3.0, 2: 2.0, 1: 1.0}) == 1
     assert choose({8: 9.0, 4: 3.0}, threads=8) == 8
+
+
+def test_how_products_are_computed_is_resolved_once_and_noted(opened, tmp_path, monkeypatch):
+    monkeypatch.delenv("CROSSPATCH_LINEAR")
+    monkeypatch.setattr(session.linear, "_remembered", lambda: 9.0)
+    recipe = plan.plan(SimpleNamespace(median_side=32, aspect=1.0), 100, 3, look(), {})[0]
+    with session.linear.switched("off"):
+        assert recipe.linear == "auto"
+        auto = session._resolve_products(recipe)
+        assert auto.linear == "on"
+        assert session._resolve_products(auto).linear == "on"
+        assert session._resolve_products(replace(recipe, linear="off")).linear == "off"
+        for other in ({"precision": "bf16"}, {"compile": True}):
+            assert session._resolve_products(replace(recipe, **other)).linear == "off"
+        train_run("stripes", tmp_path / "r", {**TINY, "epochs": 1}, Told())
+    assert tomllib.loads((tmp_path / "r" / "config.toml").read_text())["recipe"]["linear"] == "on"

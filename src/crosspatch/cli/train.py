@@ -77,6 +77,9 @@ class Choices:
     flip: bool | None = None
     """Mirror training pictures (left alone: yes, but not for digits)."""
 
+    linear: Literal["auto", "on", "off"] | None = None
+    """Matrix products through oneDNN (auto: where that is faster here; noted in the run)."""
+
     compile: Annotated[bool | None, Parameter(negative=())] = None
     """Use torch.compile: slow to start, faster after."""
 

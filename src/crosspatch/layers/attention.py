@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crosspatch.layers.linear import Linear, linear
 from crosspatch.layers.tokens import AttentionStats
 
 Norm = Callable[[int], nn.Module]
@@ -50,15 +51,19 @@ class Attention(nn.Module):
         self.value_width = value
         self.scale = (qk // heads) ** -0.5 if self.qk_width else 1.0
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 2 * self.qk_width + value, bias=qkv_bias)
+        self.qkv = Linear(dim, 2 * self.qk_width + value, bias=qkv_bias)
         make = nn.Identity if qk_norm is None or shares else partial(qk_norm, qk // heads)
         self.q_norm, self.k_norm = make(), make()
-        self.proj = nn.Linear(value, dim, bias=proj_bias)
+        self.proj = Linear(value, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: (B, N, C), bias: (B, N) on the keys or None. Returns (B, N, C)."""
-        q, k, v = self.project(x)
+    def forward(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None) -> Tensor:
+        """x: (B, N, C), bias: (B, N) on the keys or None. Returns (B, N, C), or (B, rows, C): what
+        only the first `rows` tokens gather."""
+        if rows is None:
+            q, k, v = self.project(x)
+        else:
+            q, (k, v) = self._queries(x[:, :rows]), self._keys_and_values(x)
         return self.merge_heads(self._fused(q, k, v, bias))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,14 +75,24 @@ class Attention(nn.Module):
         """Queries and keys (B, H, N, qk/H) alone."""
         rows = 2 * self.qk_width
         b = self.qkv.bias[:rows] if self.qkv.bias is not None else None
-        q, k = F.linear(x, self.qkv.weight[:rows], b).chunk(2, dim=-1)
+        q, k = linear(x, self.qkv.weight[:rows], b).chunk(2, dim=-1)
         return self.q_norm(self._heads(q)), self.k_norm(self._heads(k))
 
     def values(self, x: Tensor) -> Tensor:
         """Values (B, H, N, value/H) alone."""
         rows = 2 * self.qk_width
         b = self.qkv.bias[rows:] if self.qkv.bias is not None else None
-        return self._heads(F.linear(x, self.qkv.weight[rows:], b))
+        return self._heads(linear(x, self.qkv.weight[rows:], b))
+
+    def _queries(self, x: Tensor) -> Tensor:
+        b = self.qkv.bias[: self.qk_width] if self.qkv.bias is not None else None
+        return self.q_norm(self._heads(linear(x, self.qkv.weight[: self.qk_width], b)))
+
+    def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        b = self.qkv.bias[self.qk_width :] if self.qkv.bias is not None else None
+        both = linear(x, self.qkv.weight[self.qk_width :], b)
+        k, v = both.split([self.qk_width, self.value_width], dim=-1)
+        return self.k_norm(self._heads(k)), self._heads(v)
 
     def map(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
         """The attention map (B, H, Nq, Nk) that the fused kernel never shows."""
@@ -128,9 +143,14 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention by the first token of a sequence over the whole of it, itself included.
 
-    Linear in the number of tokens: only that one query is projected. Parameters carry the names of
-    the CrossViT authors: `wq`, `wk`, `wv`, `proj`.
+    Only that one query is projected. As there is but one, it takes `wk` with it to the tokens, and
+    the attention is taken of the tokens before `wv`: q . (Wk x) = (Wk^T q) . x and sum a (Wv x) =
+    Wv (sum a x), so no key and no value is ever made, and the cost falls from 2 N C^2 to 2 N C H.
+    `folded = False` computes them all, as the authors do. Parameters carry the authors' names:
+    `wq`, `wk`, `wv`, `proj`.
     """
+
+    folded = True
 
     def __init__(
         self,
@@ -146,19 +166,41 @@ class CrossAttention(nn.Module):
             raise ValueError(f"a width of {dim} must divide by {heads} heads")
         self.num_heads = heads
         self.attn_drop = attn_drop
-        self.wq = nn.Linear(dim, dim, bias=qkv_bias)
-        self.wk = nn.Linear(dim, dim, bias=qkv_bias)
-        self.wv = nn.Linear(dim, dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.wq = Linear(dim, dim, bias=qkv_bias)
+        self.wk = Linear(dim, dim, bias=qkv_bias)
+        self.wv = Linear(dim, dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: (B, N, C), bias: (B, N) on the keys or None. Returns (B, 1, C)."""
+        gather = self._gather_folded if self.folded else self._gather
+        return self.proj_drop(self.proj(gather(x, bias)))
+
+    def _gather(self, x: Tensor, bias: Tensor | None) -> Tensor:
         q, k, v = self._heads(self.wq(x[:, :1])), self._heads(self.wk(x)), self._heads(self.wv(x))
         mask = bias[:, None, None, :].to(q.dtype) if bias is not None else None
         p = self.attn_drop if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+        return y.transpose(1, 2).flatten(2)
+
+    def _gather_folded(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        shape = (self.num_heads, -1)
+        q = self.wq(x[:, 0]).unflatten(-1, shape)  # (B, H, d)
+        q = q * q.shape[-1] ** -0.5
+        query = torch.einsum("bhd,hdc->bhc", q, self.wk.weight.unflatten(0, shape))
+        logits = query @ x.transpose(1, 2)  # (B, H, N)
+        if self.wk.bias is not None:  # the same for every token: kept for its gradient
+            logits = (
+                logits + torch.einsum("bhd,hd->bh", q, self.wk.bias.unflatten(0, shape))[..., None]
+            )
+        if bias is not None:
+            logits = logits + bias[:, None, :].to(logits.dtype)
+        attention = F.dropout(logits.softmax(dim=-1), self.attn_drop, self.training)
+        y = torch.einsum("bhc,hdc->bhd", attention @ x, self.wv.weight.unflatten(0, shape))
+        if self.wv.bias is not None:
+            y = y + attention.sum(dim=-1, keepdim=True) * self.wv.bias.unflatten(0, shape)
+        return y.flatten(1)[:, None]
 
     def class_row(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, H, N): the attention of the query over the tokens of x (B, N, C)."""

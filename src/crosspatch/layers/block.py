@@ -96,11 +96,17 @@ class Block(nn.Module):
             )
             self.ls2, self.drop_path2 = _residual(dim, options, drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, N, C)."""
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """x: (B, N, C) to (B, N, C), or to the first `rows` tokens of that, (B, rows, C)."""
+        y = x if rows is None else x[:, :rows]
         if self.attn is not None:
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        return self.add_mlp(x)
+            y = self.add_attention(y, self.attn(self.norm1(x), rows=rows))
+        return self.add_mlp(y)
+
+    @property
+    def observed(self) -> bool:
+        """Whether a forward hook looks at what this block or a part of it computes."""
+        return any(module._forward_hooks for module in self.modules())
 
     def add_mlp(self, x: Tensor) -> Tensor:
         """The second half of the block."""
@@ -139,22 +145,33 @@ def run_blocks(
     collect: Collection[int] = (),
     checkpointing: bool = False,
     maps: dict[int, Tensor] | None = None,
+    last_rows: int | None = None,
 ) -> tuple[TokenState, dict[int, TokenState]]:
     """Run the blocks numbered `first`, `first + 1`, … over the state.
 
     collect: block numbers whose output state is returned too, by number. maps: attention maps of
-    earlier blocks that later ones share; filled on the way.
+    earlier blocks that later ones share; filled on the way. last_rows: the last block may compute
+    so many tokens only, where nothing else looks at it.
     """
     maps = {} if maps is None else maps
     shared = {b.spec.shares for b in blocks if isinstance(b, Block)} - {None}
     collected: dict[int, TokenState] = {}
     for number, block in enumerate(blocks, first):
-        if isinstance(block, Block):
+        if last_rows is not None and number == first + len(blocks) - 1 and _alone(block):
+            state = state._replace(tokens=block(state.tokens, last_rows))
+        elif isinstance(block, Block):
             hooked = reducer if reducer is not None and reducer.active(number) else None
             state = _run_block(block, state, number, hooked, shared, maps, checkpointing)
         if number in collect:
             collected[number] = state
     return state, collected
+
+
+def _alone(block: nn.Module) -> bool:
+    """Whether a block is a plain one that no hook observes and that shares no attention map."""
+    if not isinstance(block, Block) or block.attn is None or block.spec.shares is not None:
+        return False
+    return torch.compiler.is_compiling() or not block.observed
 
 
 def _run_block(

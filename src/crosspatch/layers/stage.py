@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from crosspatch.layers.block import BlockOptions, BlockSpec, make_blocks
+from crosspatch.layers.linear import Linear
 from crosspatch.layers.tokens import TokenState
 
 
@@ -36,7 +37,7 @@ class StageReduction(nn.Module):
         super().__init__()
         self.stride = stride
         self.patches = nn.Conv2d(dim_in, dim_out, 2 * stride - 1, stride, stride - 1)
-        self.prefix = nn.Linear(dim_in, dim_out)
+        self.prefix = Linear(dim_in, dim_out)
 
     def forward(self, state: TokenState) -> TokenState:
         if state.source is not None:

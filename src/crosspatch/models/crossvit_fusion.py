@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from crosspatch.layers.attention import Attention, CrossAttention
 from crosspatch.layers.block import BlockOptions, BlockSpec, make_blocks, run_blocks
+from crosspatch.layers.linear import Linear
 from crosspatch.layers.tokens import TokenState
 
 States = list[TokenState]
@@ -48,7 +49,7 @@ class ClassCrossAttention(nn.Module):
 
 def projection(dim_in: int, dim_out: int, options: BlockOptions) -> nn.Sequential:
     """LN, GELU, Linear: from the width of one branch into another's."""
-    return nn.Sequential(options.norm(dim_in), options.act(), nn.Linear(dim_in, dim_out))
+    return nn.Sequential(options.norm(dim_in), options.act(), Linear(dim_in, dim_out))
 
 
 class MultiScaleEncoder(nn.Module):

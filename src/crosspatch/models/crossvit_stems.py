@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.patch_embed import flatten_grid
 
@@ -53,8 +54,8 @@ class TokenAttention(nn.Module):
     def __init__(self, dim_in: int, dim: int) -> None:
         super().__init__()
         self.scale = dim_in**-0.5
-        self.qkv = nn.Linear(dim_in, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim_in, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part[:, None] for part in self.qkv(x).chunk(3, dim=-1))
@@ -85,7 +86,7 @@ class T2TStem(nn.Module):
         self.strides = _known(patch_size, T2T_STRIDES, "T2T")
         self.attention1 = TokenTransformer(in_chans * 49, token_dim)
         self.attention2 = TokenTransformer(token_dim * 9, token_dim)
-        self.project = nn.Linear(token_dim * 9, dim)
+        self.project = Linear(token_dim * 9, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = x.shape[2] // 4, x.shape[3] // 4

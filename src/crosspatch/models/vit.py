@@ -177,10 +177,15 @@ class VisionTransformer(nn.Module):
         return state._replace(tokens=self.norm_pre(state.tokens))
 
     def run(
-        self, state: TokenState, collect: Collection[int] = ()
+        self, state: TokenState, collect: Collection[int] = (), *, pooled: bool = False
     ) -> tuple[TokenState, dict[int, TokenState]]:
-        """All blocks over the state; the states after the blocks in `collect`, by number."""
+        """All blocks over the state; the states after the blocks in `collect`, by number.
+
+        pooled: only what `pool` reads is needed; where that is the prefix tokens, the last block
+        computes no patch (1/12 of a DeiT, the same numbers) and the state has none.
+        """
         collected, first, maps = {}, 0, {}
+        short = pooled and self.global_pool == "token" and self.reducer is None and not collect
         for stage, spec in enumerate(self.stages):
             if str(stage) in self.reductions:
                 state = self.reductions[str(stage)](state)
@@ -193,6 +198,7 @@ class VisionTransformer(nn.Module):
                 collect=collect,
                 checkpointing=self.grad_checkpointing,
                 maps=maps,
+                last_rows=self.num_prefix_tokens if short and spec is self.stages[-1] else None,
             )
             collected.update(found)
             first += len(spec.blocks)
@@ -211,7 +217,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """x: (B, in_chans, H, W). Logits (B, num_classes), or the pair of them in distillation."""
-        state, _ = self.run(self.embed(x))
+        state, _ = self.run(self.embed(x), pooled=True)
         return self._classify(self.pool(state))
 
     # ------------------------------------------------------------------ timm's contract

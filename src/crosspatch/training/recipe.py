@@ -10,6 +10,7 @@ from typing import Any
 from crosspatch.data.augment import AugmentConfig
 from crosspatch.data.preprocess import FITS, Preprocess
 from crosspatch.errors import UsageError, near
+from crosspatch.layers.linear import MODES
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 MIXERS = ("mixup", "cutmix")
@@ -26,8 +27,9 @@ class Recipe:
     the weight average as a fraction of the run (0 = off); clip: largest gradient norm (0 = off);
     mix: names out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha: of each Beta
     distribution; eval_every: epochs between validations; time_budget: seconds asked for, or None;
-    threads: CPU threads (numbers differ between thread counts); workers: loader processes, used
-    when the pictures do not fit into memory.
+    threads: CPU threads (numbers differ between thread counts); linear: whether large products go
+    through oneDNN (`layers.linear`), "on" or "off" once a run has begun; workers: loader processes,
+    used when the pictures do not fit into memory.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Recipe:
     seed: int = 0
     workers: int = 0
     threads: int = 1
+    linear: str = "off"
     eval_every: int = 1
     eval_batch: int = 256
     time_budget: float | None = None
@@ -77,6 +80,7 @@ class Recipe:
         _check(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         _check(self.workers >= 0, "workers", self.workers, "0 or more")
         _check(self.fit in FITS, "fit", self.fit, f"one of {', '.join(FITS)}")
+        _check(self.linear in MODES, "linear", self.linear, f"one of {', '.join(MODES)}")
         _check(self.precision in PRECISIONS, "precision", self.precision, "one of fp32, bf16, fp16")
         halved = self.precision == "fp16" and self.device == "cpu"
         _check(not halved, "precision", "fp16 on a CPU", "fp32 or bf16 there")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import crosspatch
 from crosspatch.data.prepare import (
@@ -28,6 +29,7 @@ from crosspatch.data.prepare import (
 from crosspatch.data.sources import DIGITS, Source, open_source
 from crosspatch.data.split import SPLITS, Split, make_split, read_split, write_split
 from crosspatch.errors import DataError, UsageError
+from crosspatch.layers import linear
 from crosspatch.metrics.calibration import apply_temperature, fit_temperature
 from crosspatch.metrics.classification import ece, nll
 from crosspatch.metrics.macs import count_macs
@@ -133,6 +135,7 @@ def _begin(
     shape = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     recipe = replace(recipe, **shape, workers=workers)
+    recipe = _resolve_products(recipe)
     recipe, estimate = _measure(recipe, pictures, given, reasons, began)
     reasons.append(plans.describe_augment(recipe))
     config = {
@@ -192,6 +195,13 @@ def _prepare(source: Source, recipe: Recipe, reporter: Reporter) -> Prepared:
     reporter.message(f"reading: {memory}")
     tell = lambda done, total: reporter.progress("reading pictures", done, total)
     return prepare(source, recipe.preprocess, progress=tell)
+
+
+def _resolve_products(recipe: Recipe) -> Recipe:
+    """The recipe with `linear` resolved for good, so that a resumed run computes the same bits."""
+    plain = recipe.device == "cpu" and recipe.precision == "fp32" and not recipe.compile
+    torch.set_num_threads(recipe.threads)
+    return replace(recipe, linear="on" if plain and linear.use(recipe.linear) else "off")
 
 
 def _measure(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from crosspatch.data.augment import augment
 from crosspatch.data.loading import Batch
 from crosspatch.errors import UsageError
+from crosspatch.layers import linear
 from crosspatch.objectives import Inputs, Objective
 from crosspatch.training.optim import FOREACH, Ema, ema_decay, make_optimiser, rate, set_rate
 from crosspatch.training.recipe import Recipe
@@ -73,6 +74,7 @@ class Stepper:
         if not isinstance(objective, nn.Module):
             raise TypeError("an objective is a torch module")
         torch.set_num_threads(recipe.threads)
+        linear.use(recipe.linear)
         self.recipe = recipe
         self.fabric = make_fabric(recipe)
         self.device: torch.device = self.fabric.device
