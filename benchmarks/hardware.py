@@ -1,14 +1,40 @@
-"""Which machine a figure was taken on."""
+"""Which machine a figure was taken on, and how rows are kept."""
 
 from __future__ import annotations
 
-import platform
+import csv
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+
+import crosspatch as xp
+from crosspatch.deploy.processor import processor as described
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def processor() -> str:
-    """The processor's name and its number of cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores"
+    """The processor's name, its number of cores and what it can do."""
+    return described().describe()
+
+
+def facts(*packages: str) -> dict[str, str]:
+    """The last columns of a row: machine, versions of `packages`, ours, and the day."""
+    return {
+        "machine": processor(),
+        **{name: version(name) for name in packages},
+        "crosspatch": xp.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def append(path: Path, rows: Sequence[dict]) -> None:
+    """Rows with the same keys at the end of a CSV file; its first line names the columns."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

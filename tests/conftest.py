@@ -1,4 +1,4 @@
-"""One thread per test process, no cache of the user's, and torchvision's operators before anybody imports it."""
+"""One thread per test process, no cache of the user, torchvision operators before its import."""
 
 import os
 import tempfile

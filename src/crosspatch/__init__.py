@@ -5,6 +5,7 @@
     xp.list_models("crossvit*")
     model = xp.create_model("crossvit_9_dagger_224", num_classes=10, img_size=96)
     xp.load_released(model, state_dict)
+    xp.load("runs/leaves").predict(["a.jpg", array]).top(3)
 
 Importing the package costs nothing: torch is loaded by the first name that needs it.
 """
@@ -16,10 +17,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crosspatch.deploy.loading import load
     from crosspatch.models.registry import create_model, list_models, load_released
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "create_model", "list_models", "load_released"]
+__all__ = ["__version__", "create_model", "list_models", "load", "load_released"]
 
 # OpenMP threads spin while they wait; with another job on the cores that costs more than it saves.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -27,6 +29,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 _HOME = {
     "create_model": "crosspatch.models.registry",
     "list_models": "crosspatch.models.registry",
+    "load": "crosspatch.deploy.loading",
     "load_released": "crosspatch.models.registry",
 }
 

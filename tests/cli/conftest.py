@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 
 from crosspatch.cli.main import main
 from support.command import Answer
+from support.once import once, shared
 
 Command = Callable[..., Answer]
 
@@ -34,23 +35,6 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made by the first of the test processes that needs it."""
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            aside = folder.with_suffix(".making")
-            make(aside)
-            aside.rename(folder)
-    return folder
-
-
-def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder that all processes of this test run share."""
-    base = tmp_path_factory.getbasetemp()
-    return base if worker_id == "master" else base.parent
-
-
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A run on digits of one epoch: read it, change nothing in it."""
@@ -59,6 +43,21 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
         assert main(["train", "digits", "--epochs", "1", "--out", str(folder), "--json"]) == 0
 
     return once(shared(tmp_path_factory, worker_id) / "digits-run", make)
+
+
+@pytest.fixture(scope="session")
+def digits_bundle(
+    digits_run: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Path:
+    """bundle.onnx in a copy of the run on digits, both to be read only."""
+
+    def make(folder: Path) -> None:
+        from crosspatch.deploy.export import export
+
+        shutil.copytree(digits_run, folder)
+        export(folder)
+
+    return once(shared(tmp_path_factory, worker_id) / "digits-exported", make) / "bundle.onnx"
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,20 @@ def test_the_data_it_was_trained_on_gives_the_test_score_of_the_report(
     assert right / len(rows) == pytest.approx(report["accuracy"])
 
 
+def test_a_bundle_scores_what_its_run_scores_on_the_same_pictures(
+    crosspatch, digits_run, digits_bundle, tmp_path
+) -> None:
+    run = crosspatch("eval", digits_run, "digits", "--json").json
+    answer = crosspatch("eval", digits_bundle, "digits", "--engine", "onnxruntime", "--json")
+    assert answer.code == 0
+    assert answer.json["engine"]["engine"] == "onnxruntime"
+    for name in ("split", "images", "accuracy", "confusion"):
+        assert answer.json[name] == run[name]
+    assert answer.json["nll"] == pytest.approx(run["nll"], abs=1e-4)
+    shutil.copy(digits_bundle, tmp_path)  # away from its run nothing is known of a split
+    assert crosspatch("eval", tmp_path / "bundle.onnx", "digits", "--json").json["split"] == "all"
+
+
 def test_a_split_can_be_asked_for(crosspatch, digits_run) -> None:
     sizes = json.loads((digits_run / "report.json").read_text())["split"]
     for split, images in ({"all": 1797} | sizes).items():

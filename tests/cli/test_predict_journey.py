@@ -6,7 +6,6 @@ import csv
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from crosspatch.cli.predict import check_target, find
@@ -96,32 +95,43 @@ def test_nothing_readable_is_a_data_error(crosspatch, digits_run, mess, tmp_path
     assert answer.err.splitlines()[2].startswith("try ")
 
 
-def test_a_picture_is_predicted_alike_alone_and_among_others(digits_run, pictures) -> None:
-    from crosspatch.training.inference import Classifier
+def test_a_bundle_names_the_same_classes_as_its_run(
+    crosspatch, digits_run, digits_bundle, mess
+) -> None:
+    run = crosspatch("predict", digits_run, mess, "--json").json
+    assert run["engine"]["engine"] == "torch"
+    for engine in ("auto", "onnxruntime", "openvino"):
+        answer = crosspatch("predict", digits_bundle, mess, "--engine", engine, "--json")
+        assert answer.code == 0
+        assert answer.json["engine"]["engine"] in ("onnxruntime", "openvino")
+        assert answer.json["unreadable"] == run["unreadable"]
+        assert len(answer.json["predictions"]) == 6
+        for mine, theirs in zip(answer.json["predictions"], run["predictions"], strict=True):
+            assert mine["path"] == theirs["path"]
+            assert [one["class"] for one in mine["top"]] == [one["class"] for one in theirs["top"]]
+            for a, b in zip(mine["top"], theirs["top"], strict=True):
+                assert a["probability"] == pytest.approx(b["probability"], abs=1e-4)
 
-    files = sorted(pictures.rglob("*.png"))[:7]
-    classifier = Classifier.open(digits_run)
-    together = classifier.probabilities(files, batch=3)
-    assert together.ok.tolist() == list(range(7))
-    for place, path in enumerate(files):
-        for given in (path, str(path), path.read_bytes(), lambda path=path: path.read_bytes()):
-            alone = classifier.probabilities([given])
-            np.testing.assert_allclose(alone.probs[0], together.probs[place], atol=1e-5)
-    assert classifier.probabilities([]).probs.shape == (0, 10)
 
-
-def test_failures_keep_their_places(digits_run, pictures) -> None:
-    from crosspatch.training.inference import Classifier
-
-    good = sorted(pictures.rglob("*.png"))[:3]
-    seen: list[tuple[int, int]] = []
-    answers = Classifier.open(digits_run).probabilities(
-        [b"", good[0], "gone.png", good[1], good[2]], lambda *at: seen.append(at), batch=2
-    )
-    assert answers.ok.tolist() == [1, 3, 4]
-    assert answers.probs.shape == (3, 10)
-    assert [(one.index, bool(one.reason)) for one in answers.failures] == [(0, True), (2, True)]
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+@pytest.mark.parametrize(
+    ("what", "engine", "says"),
+    [
+        ("run", "openvino", "crosspatch export"),
+        ("bundle", "torch", "torch runs the folder of a run"),
+        ("bundle", "tensorflow", '"openvino"'),
+        ("gone.onnx", "auto", "crosspatch export RUN --to onnx"),
+        ("bundle.pt2", "auto", "is for torch alone"),
+        ("bundle.onx", "auto", "near it are bundle.onnx"),
+    ],
+)
+def test_engines_and_files_that_do_not_fit(
+    crosspatch, digits_run, digits_bundle, pictures, what, engine, says
+) -> None:
+    model = {"run": digits_run, "bundle": digits_bundle}.get(what, digits_bundle.with_name(what))
+    answer = crosspatch("predict", model, pictures, "--engine", engine)
+    assert answer.code == 2
+    assert says in answer.err
+    assert len(answer.err.splitlines()) == 3
 
 
 def test_a_folder_that_holds_no_run(crosspatch, pictures, tmp_path) -> None:

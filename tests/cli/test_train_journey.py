@@ -178,7 +178,7 @@ def test_a_fresh_process_needs_nothing_that_the_tests_prepare(two_classes, tmp_p
     command = [sys.executable, "-m", "crosspatch", *words]
     answer = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert_refused(Answer(answer.returncode, answer.stdout, answer.stderr), 2, "crossvit_mikro", "")
-    code = "import crosspatch.training.inference"
+    code = "import crosspatch.deploy.torch_engine"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
 
 

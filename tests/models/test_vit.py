@@ -102,9 +102,7 @@ def test_the_parts_compose_to_the_whole(arguments) -> None:
         whole = model(IMAGE)
         torch.testing.assert_close(full(model, IMAGE), whole, rtol=1e-5, atol=1e-6)
         state, _ = model.run(model.embed(IMAGE))
-        torch.testing.assert_close(
-            model._classify(model.pool(state)), whole, rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(model._classify(model.pool(state)), whole, rtol=1e-5, atol=1e-6)
         features = model.forward_head(model.forward_features(IMAGE), pre_logits=True)
         assert features.shape == (2, 24)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`crosspatch eval RUN DATA`: the figures of a trained run on labelled pictures."""
+"""`crosspatch eval RUN|BUNDLE DATA`: the figures of a trained model on labelled pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
-from crosspatch.cli.options import DATA, Output, at_least, existing_run
+from crosspatch.cli.options import DATA, Output, at_least
+from crosspatch.cli.predict import ENGINE, MODEL, Engine, check_target, existing_model, write_table
 from crosspatch.errors import DataError, UsageError, near
 
 if TYPE_CHECKING:
@@ -25,16 +26,17 @@ AUTO = (
 
 
 def evaluate(
-    run: Annotated[Path, Parameter(help="The folder of a trained run.")],
+    run: Annotated[Path, Parameter(help=MODEL)],
     data: Annotated[str, Parameter(help=DATA)],
     /,
     *,
     split: Annotated[Literal["auto", "all", "train", "val", "test"], Parameter(help=AUTO)] = "auto",
     topk: Annotated[int, at_least(1, "--topk 5")] = 5,
+    engine: Annotated[Engine, Parameter(help=ENGINE)] = "auto",
     csv: Annotated[Path | None, Parameter(metavar="FILE")] = None,
     output: Output | None = None,
 ) -> int:
-    """Measure a trained run on labelled pictures.
+    """Measure a trained run, or a bundle of one, on labelled pictures.
 
     Parameters
     ----------
@@ -44,13 +46,12 @@ def evaluate(
         Write one row per picture to this table.
     """
     output = output or Output()
-    from crosspatch.cli.predict import check_target, write_table
     from crosspatch.cli.screen import Screen, print_json
 
-    existing_run(run)
+    existing_model(run)
     check_target(csv)
     with Screen(stderr=output.json) as screen:
-        found = _measure(screen, run, data, split, topk)
+        found = _measure(screen, run, data, split, topk, engine)
         if csv is not None:
             write_table(csv, found.rows)
         if not output.json:
@@ -58,7 +59,7 @@ def evaluate(
             _print(screen, title, found.split, found.metrics, found.skipped)
     if output.json:
         skipped = [{"path": path, "reason": reason} for path, reason in found.skipped]
-        head = {"run": str(run), "data": data, "split": found.split}
+        head = {"run": str(run), "engine": found.engine, "data": data, "split": found.split}
         print_json({**head, **found.metrics, "skipped": skipped})
     return 0
 
@@ -68,24 +69,25 @@ class _Found(NamedTuple):
 
     split: str
     why: str
+    engine: dict[str, Any]
     metrics: dict[str, Any]
     rows: Iterator[dict[str, Any]]
     skipped: list[tuple[str, str]]
 
 
-def _measure(screen: Any, run: Path, data: str, split: str, topk: int) -> _Found:
+def _measure(screen: Any, run: Path, data: str, split: str, topk: int, engine: Engine) -> _Found:
     from crosspatch.data.sources import open_source
+    from crosspatch.deploy.loading import MANY, load
     from crosspatch.metrics.classification import topk as share_in_topk
     from crosspatch.tasks.classify import Classify
-    from crosspatch.training.inference import Classifier
 
-    classifier = Classifier.open(run)
+    predictor = load(run, engine=engine, batch=MANY)
     source = open_source(data, least_classes=1)
-    labels = match_classes(source, classifier.classes)
-    chosen, name, why = choose(run, source, split)
-    answers = classifier.probabilities(
+    labels = match_classes(source, predictor.classes)
+    chosen, name, why = choose(_folder(run), source, split)
+    answers = predictor.predict(
         [partial(source.read, int(index)) for index in chosen],
-        lambda done, total: screen.progress("evaluating", done, total),
+        progress=lambda done, total: screen.progress("evaluating", done, total),
     )
     keys = [source.items[index].key for index in chosen]
     if not len(answers.ok):
@@ -94,15 +96,26 @@ def _measure(screen: Any, run: Path, data: str, split: str, topk: int) -> _Found
             "labelled pictures (JPEG, PNG, WebP, BMP, GIF or TIFF)",
             f"look at them; the first is {keys[0]}: {answers.failures[0].reason}",
         )
-    task, truth = Classify(classifier.classes), labels[chosen[answers.ok]]
+    task, truth = Classify(answers.classes), labels[chosen[answers.ok]]
     metrics = task.metrics(answers.probs, truth)
-    k = min(topk, len(classifier.classes))
+    k = min(topk, len(answers.classes))
     metrics["topk"] = {"k": k, "accuracy": share_in_topk(answers.probs, truth, k)}
     read = [keys[place] for place in answers.ok]
     rows = task.predictions(read, truth.tolist(), answers.probs, name)
     skipped = [(one.path, one.reason) for one in source.skipped]
     skipped += [(keys[one.index], one.reason) for one in answers.failures]
-    return _Found(name, why, metrics, rows, skipped)
+    return _Found(name, why, predictor.engine.setting._asdict(), metrics, rows, skipped)
+
+
+def _folder(run: Path) -> Path:
+    """The run folder whose split counts: of a bundle the one that it lies in and was made from."""
+    if run.is_dir():
+        return run
+
+    from crosspatch.deploy.bundle import read_bundle
+    from crosspatch.deploy.loading import run_of
+
+    return run_of(read_bundle(run)) or run
 
 
 def match_classes(source: Source, known: Sequence[str]) -> np.ndarray:

@@ -36,6 +36,9 @@ VERBS = {
     "train": ("crosspatch.cli.train:train", "Train a classifier on a folder of pictures."),
     "eval": ("crosspatch.cli.eval:evaluate", "Measure a trained run on labelled pictures."),
     "predict": ("crosspatch.cli.predict:predict", "Name the class of pictures."),
+    "export": ("crosspatch.cli.export:export", "Write a run as one file for other programs."),
+    "verify": ("crosspatch.cli.verify:verify", "Compare a bundle with the model it was made of."),
+    "bench": ("crosspatch.cli.bench:bench", "Measure how fast every engine runs a model here."),
 }
 
 app = App(

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def _tensors(model: Any) -> Iterator[Any]:
 
 
 def _openvino_text(path: Path) -> str:
-    openvino = needed("openvino")
+    core = openvino_core()
     if not path.with_suffix(".bin").is_file():
         raise DataError(
             f"{path.with_suffix('.bin')} is missing",
@@ -202,7 +203,7 @@ def _openvino_text(path: Path) -> str:
             "copy both, or export the run again",
         )
     try:
-        model = openvino.Core().read_model(path)
+        model = core.read_model(path)
         found = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None
     except Exception as error:
         raise DataError(
@@ -233,6 +234,21 @@ def needed(name: str) -> Any:
         raise UsageError(
             f"{name} cannot be imported ({error})", f"{name} is needed for this", INSTALL[name]
         ) from error
+
+
+def openvino_core() -> Any:
+    """The one OpenVINO of this process; raises as `needed` does.
+
+    Its processor plugin lays an alternate signal stack of its own on the thread that loads it and
+    frees it with the plugin: when the last Core is gone, Ctrl-C can end in a segmentation fault. So
+    the plugin stays.
+    """
+    return _core(needed("openvino"))
+
+
+@cache
+def _core(openvino: Any) -> Any:
+    return openvino.Core()
 
 
 def check_pictures(size: tuple[int, int], count: int = CHECKS) -> np.ndarray:

@@ -21,8 +21,11 @@ METRIC_COLUMNS: tuple[str, ...] = (
 )  # fmt: skip
 OURS = (
     "config.toml", "classes.txt", "split.csv", "skipped.csv", "metrics.csv", "predictions.csv",
-    "report.json", "model", "last", ".lock",
+    "report.json", "model", "last", ".lock", "client.py",
+    *(f"bundle{kind}{end}"
+      for kind in ("", "-int8", "-int8-static") for end in (".onnx", ".xml", ".bin", ".pt2")),
 )  # fmt: skip
+"""What a run's folder may hold, bundles made of it included; `overwrite` removes it."""
 
 
 class RunFolder:

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained run becomes a bundle: one ONNX file, an OpenVINO pair, or a torch.export archive.
+
+The file is run and compared with torch before it gets its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import crosspatch
+from crosspatch.deploy.bundle import (
+    INPUT,
+    KEY,
+    OUTPUT,
+    BundleInfo,
+    check_pictures,
+    needed,
+    openvino_core,
+)
+from crosspatch.deploy.graph import OPSET, Shipped, to_onnx, trace
+from crosspatch.deploy.place import (
+    SUFFIX,
+    check_place,
+    default_place,
+    place,
+    workshop,
+    write_client,
+)
+from crosspatch.deploy.quantise import expectation, quantise_dynamic, quantise_static
+from crosspatch.errors import CrosspatchError, DataError, UsageError, near
+from crosspatch.metrics.macs import count_macs
+from crosspatch.training.package import WEIGHTS, Trained, load_model, model_folder, read_config
+
+BATCHES = (1, 2, 3)
+CLOSE = 1e-4  # greatest difference of a probability between torch and an fp32 bundle
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino")
+EXCEPTIONS: dict[str, str] = {}
+"""Pattern of architecture names that cannot be exported -> why. The tests prove it both ways."""
+
+Calibration = Callable[[], np.ndarray]
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+class Exported(NamedTuple):
+    """path: the bundle; info: what it says of itself; size: bytes of all its files; seconds: the
+    whole work; remarks: what the user should know; difference: of probabilities from torch's, the
+    greatest."""
+
+    path: Path
+    info: BundleInfo
+    size: int
+    seconds: float
+    remarks: list[str]
+    difference: float
+
+
+def export(
+    run: str | Path,
+    to: str = "onnx",
+    *,
+    int8: bool = False,
+    static: bool = False,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    calibration: Calibration | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Exported:
+    """Write a run folder's model as a bundle; beside an ONNX file also the client that reads it.
+
+    to: "onnx", "openvino" or "torch". int8: scales found in every call; static: int8 with fixed
+    scales, found on the pictures (N, H, W, 3) uint8 that `calibration` gives. out: the file (None:
+    in the run folder); a bundle of ours that lies there is replaced, another file with `overwrite`
+    only. progress: called with (what, steps done, steps).
+    Raises UsageError for what cannot be asked or written there, DataError for a run that cannot be
+    read or exported; nothing is left then.
+    """
+    began = time.perf_counter()
+    folder = model_folder(run)
+    home = folder.parent if folder.name == "model" else folder
+    precision = _precision(to, int8, static, calibration)
+    path = Path(out) if out is not None else default_place(home, to, precision)
+    check_place(path, to, overwrite)
+    tell = progress or (lambda what, done, total: None)
+    tell("exporting", 0, 3)
+    pictures = calibration() if static and calibration is not None else None
+    trained, info, remarks = _described(folder, home)
+    shipped = _shipped(trained.module, info)
+    tell("exporting", 1, 3)
+    with workshop(path) as shop:
+        if to == "torch":
+            made, difference = _write_torch(shipped, shop, info)
+        else:
+            made = _write_onnx(shipped, shop, info)
+            tell("exporting", 2, 3)
+            made = _converted(_quantised(made, precision, pictures), to)
+            difference = _compare(_runner(made), shipped, precision)
+        size = place(made, path)
+    remarks += write_client(path.parent) if to == "onnx" else []
+    remarks += expectation() if precision != "fp32" else []
+    tell("exporting", 3, 3)
+    info = replace(info, precision=precision)
+    return Exported(path, info, size, time.perf_counter() - began, remarks, difference)
+
+
+def export_model(module: nn.Module, path: str | Path, info: BundleInfo) -> None:
+    """Write `module`, normalised (B, 3, H, W) -> logits (B, K), as an fp32 ONNX bundle.
+
+    H and W are `info.preprocess.size`; `module` is left in evaluation mode. The file is run with
+    ONNX Runtime at batches of 1, 2 and 3 before it gets its name. Raises UsageError where a package
+    is missing or the file cannot be written, DataError where the graph cannot be made or computes
+    something else; nothing is left then.
+    """
+    shipped = _shipped(module, info)
+    with workshop(Path(path)) as shop:
+        made = _write_onnx(shipped, shop, info)
+        _compare(_runner(made), shipped, info.precision)
+        place(made, Path(path))
+
+
+def bundle_info(
+    trained: Trained,
+    architecture: str,
+    *,
+    weights: str = "",
+    accuracy: dict[str, Any] | None = None,
+) -> BundleInfo:
+    """What a bundle of `trained` says of itself, with torch's answers to the check pictures.
+
+    architecture: the name of the model; weights: sha256 of its file, "" where there is none;
+    accuracy: {split, images, accuracy, low, high}.
+    """
+    module, preprocess = trained.module, trained.preprocess
+    info = BundleInfo(
+        classes=trained.classes,
+        preprocess=preprocess,
+        architecture=architecture,
+        parameters=sum(p.numel() for p in module.parameters()),
+        macs=count_macs(module, (3, *preprocess.size)),
+        weights=weights,
+        temperature=trained.temperature,
+        calibrated_on=trained.calibrated_on,
+        accuracy=accuracy,
+        versions=_versions(),
+    )
+    answers = _answers(_shipped(module, info), check_pictures(preprocess.size))
+    return replace(info, check=tuple(tuple(round(float(p), 7) for p in row) for row in answers))
+
+
+def _precision(to: str, int8: bool, static: bool, calibration: Calibration | None) -> str:
+    if to not in SUFFIX:
+        raise UsageError(
+            f"--to {to}", f"one of {', '.join(SUFFIX)}", f"--to {near(to, SUFFIX, 1) or 'onnx'}"
+        )
+    if to == "torch" and (int8 or static):
+        raise UsageError(
+            "int8 with --to torch",
+            "int8 is written into ONNX graphs, for ONNX Runtime and OpenVINO",
+            "--to onnx --int8",
+        )
+    if static and calibration is None:
+        raise UsageError(
+            "static scales, and no pictures to find them on",
+            "a call that gives pictures (N, H, W, 3) uint8",
+            "give `calibration`, or take int8 without static",
+        )
+    return "int8-static" if static else "int8-dynamic" if int8 else "fp32"
+
+
+def _described(folder: Path, home: Path) -> tuple[Trained, BundleInfo, list[str]]:
+    """The run's model, what a bundle of it says, and remarks."""
+    before = _hash(folder / WEIGHTS)
+    trained = load_model(folder)
+    weights = _hash(folder / WEIGHTS)
+    if before != weights:
+        raise DataError(
+            f"{folder / WEIGHTS} changed while it was read",
+            "a run that is not being trained at this moment",
+            "type the same again, or wait for the training's end",
+        )
+    accuracy, remarks = _accuracy(home / "report.json")
+    name = str(read_config(folder)["architecture"])
+    return trained, bundle_info(trained, name, weights=weights, accuracy=accuracy), remarks
+
+
+def _hash(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _accuracy(report: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The run's figures on test, else on val, and a remark where there are none."""
+    missing = "so the bundle carries no accuracy"
+    if not report.is_file():
+        return None, [f"{report} is missing (does the training still run?), {missing}"]
+    try:
+        found = json.loads(report.read_text(encoding="utf-8"))
+        for name in ("test", "val"):
+            if found[name] and found[name]["accuracy"] is not None:
+                keys = ("images", "accuracy", "low", "high")
+                return {"split": name, **{key: found[name][key] for key in keys}}, []
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, [f"{report} is damaged, {missing}"]
+    return None, [f"the run was tested on no picture, {missing}"]
+
+
+def _versions() -> dict[str, str]:
+    found = {"crosspatch": crosspatch.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | {"opset": str(OPSET)}
+
+
+def _shipped(module: nn.Module, info: BundleInfo) -> Shipped:
+    return Shipped(module.eval(), info.preprocess, info.temperature).eval()
+
+
+@torch.inference_mode()
+def _answers(shipped: Shipped, pictures: np.ndarray) -> np.ndarray:
+    return shipped(torch.from_numpy(pictures)).numpy()
+
+
+def _traced(shipped: Shipped, info: BundleInfo, finish: Callable[[Any], Any]) -> Any:
+    """`finish` of the traced network; what torch's exporters cannot do becomes a DataError."""
+    try:
+        return finish(trace(shipped))
+    except (CrosspatchError, OSError):
+        raise
+    except Exception as error:  # the exporters' errors have no common base
+        known = (why for name, why in EXCEPTIONS.items() if fnmatch(info.architecture, name))
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{info.architecture} cannot be exported: {first[:200]}",
+            next(known, "a network that torch.export can trace and ONNX can hold (up to 2 GB)"),
+            "train another --model, or report this with the model's name",
+        ) from error
+
+
+def _write_onnx(shipped: Shipped, shop: Path, info: BundleInfo) -> Path:
+    onnx = needed("onnx")
+
+    def written(program: Any) -> bytes:
+        model = to_onnx(program)
+        onnx.helper.set_model_props(model, {KEY: info.to_json()})
+        return model.SerializeToString()
+
+    path = shop / "whole.onnx"
+    path.write_bytes(_traced(shipped, info, written))
+    return path
+
+
+def _write_torch(shipped: Shipped, shop: Path, info: BundleInfo) -> tuple[Path, float]:
+    """(torch's archive, how far the program in it is from the network)."""
+    program = _traced(shipped, info, lambda program: program)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    module = program.module()
+
+    def run(pictures: np.ndarray) -> np.ndarray:
+        return module(torch.from_numpy(pictures)).detach().numpy()
+
+    difference = _compare(run, shipped, info.precision)
+    torch.export.save(program, shop / "whole.pt2", extra_files={KEY: info.to_json()})
+    return shop / "whole.pt2", difference
+
+
+def _quantised(whole: Path, precision: str, pictures: np.ndarray | None) -> Path:
+    if precision == "fp32":
+        return whole
+    made = whole.with_stem("quantised")
+    if pictures is None:
+        quantise_dynamic(whole, made)
+    else:
+        quantise_static(whole, made, pictures)
+    return made
+
+
+def _converted(path: Path, to: str) -> Path:
+    """The ONNX bundle itself, or OpenVINO's pair of files for it, weights as they are."""
+    if to != "openvino":
+        return path
+    openvino, onnx = needed("openvino"), needed("onnx")
+    texts = {entry.key: entry.value for entry in onnx.load_model(path).metadata_props}
+    model = openvino_core().read_model(path)
+    model.set_rt_info(texts[KEY], KEY)
+    openvino.save_model(model, path.with_suffix(".xml"), compress_to_fp16=False)
+    return path.with_suffix(".xml")
+
+
+def _compare(run: Run, shipped: Shipped, precision: str) -> float:
+    """How far the answers of `run` are from torch's, at most, at batches of 1, 2 and 3.
+
+    Raises DataError where that is too far: for fp32 from `CLOSE` on, for int8 where it is no
+    number.
+    """
+    pictures = check_pictures(shipped.size, max(BATCHES))
+    found = [np.abs(run(pictures[:n]) - _answers(shipped, pictures[:n])).max() for n in BATCHES]
+    worst, limit = float(np.max(found)), CLOSE if precision == "fp32" else 1.0
+    if not worst <= limit:
+        raise DataError(
+            f"the exported graph gives other probabilities than torch (by {worst:.2g})",
+            f"a difference of {limit:g} at most",
+            "report this with the model's name; the run itself is whole",
+        )
+    return worst
+
+
+def _runner(path: Path) -> Run:
+    """A call that runs the ONNX file, or OpenVINO's pair, on uint8 pictures (B, H, W, 3)."""
+    if path.suffix == SUFFIX["openvino"]:
+        hints = {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino_core().compile_model(path, "CPU", hints)
+        return lambda pictures: compiled({INPUT: pictures})[OUTPUT]
+    runtime = needed("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda pictures: session.run([OUTPUT], {INPUT: pictures})[0]

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run folder or a bundle becomes a `Predictor`; torch is imported for a run only.
+
+p = crosspatch.load("runs/leaves")           # torch
+p = crosspatch.load("runs/leaves/bundle.onnx")
+p.predict(["a.jpg", array]).top(3)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from crosspatch.deploy.bundle import Bundle, read_bundle
+from crosspatch.deploy.choice import choose, usable_cores
+from crosspatch.deploy.engines import Engine, Setting, open_engine
+from crosspatch.deploy.predictor import Predictor
+from crosspatch.errors import UsageError, near
+
+MANY = 16  # pictures at once, for a choice by measuring where there are several
+
+CHOICES = ("auto", "onnxruntime", "openvino", "openvino-bf16", "torch")
+"""What `engine` may be. auto: torch for a run; for a bundle the fastest, measured once."""
+
+
+def load(
+    path: str | Path,
+    *,
+    engine: str = "auto",
+    threads: int | None = None,
+    device: str | None = None,
+    batch: int = 1,
+) -> Predictor:
+    """What a run folder or a bundle (.onnx, .xml) holds, ready to name pictures.
+
+    engine: one of CHOICES; threads: None for a choice by measuring; device: torch's, for a run;
+    batch: how many pictures will come at once (MANY for a pile), which the choice depends on.
+    Raises UsageError for a path that is neither and for what cannot be had here, DataError for
+    damaged files.
+    """
+    path = Path(path)
+    if engine not in CHOICES:
+        raise UsageError(
+            f"engine {engine!r}",
+            f"the engines are {', '.join(CHOICES)}",
+            f"--engine {near(engine, CHOICES, 1) or 'auto'}",
+        )
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads", "one thread or more", "leave the number out")
+    if path.is_dir():
+        return _load_run(path, engine, threads, device)
+    bundle = read_bundle(path)
+    if device not in (None, "cpu"):
+        raise UsageError(
+            f"device {device!r} for {path}", "a bundle runs on the processor", "leave device out"
+        )
+    opened = open_bundle(bundle, engine, threads, batch)
+    return Predictor(opened, bundle.info.classes, bundle.info.preprocess, bundle.info)
+
+
+def open_bundle(
+    bundle: Bundle, engine: str = "auto", threads: int | None = None, batch: int = 1
+) -> Engine:
+    """The engine that `engine` names for a bundle. Raises as `load` does."""
+    name, _, precision = engine.partition("-")
+    if name == "torch":
+        raise UsageError(
+            f"engine torch for {bundle.path}",
+            "torch runs the folder of a run; a bundle is for onnxruntime or openvino",
+            "name the folder of the run, or leave --engine out",
+        )
+    if threads is not None and engine != "auto":
+        return open_engine(bundle, name, precision or None, threads)
+    if precision:  # its threads are those that serve fp32 best; refused before that is measured
+        open_engine(bundle, name, precision, usable_cores())
+    chosen = choose(bundle, batch) if name == "auto" else choose(bundle, batch, [name])
+    wanted = Setting(chosen.engine, precision or chosen.precision, threads or chosen.threads)
+    return open_engine(bundle, *wanted)
+
+
+def run_of(bundle: Bundle) -> Path | None:
+    """The run folder that a bundle lies in, when its weights are those the bundle was made of."""
+    folder = bundle.path.parent
+    return folder if weights_hash(folder) == bundle.info.weights else None
+
+
+def weights_hash(run: Path) -> str | None:
+    """sha256 of a run's weights, None where it holds none."""
+    path = run / "model" / "model.safetensors"
+    path = path if path.is_file() else run / path.name
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_run(run: Path, engine: str, threads: int | None, device: str | None) -> Predictor:
+    if engine not in ("auto", "torch"):
+        raise UsageError(
+            f"engine {engine} for the run {run}",
+            f"{engine.partition('-')[0]} runs a bundle; torch runs a run",
+            f"crosspatch export {run} --to {'openvino' if 'openvino' in engine else 'onnx'}, "
+            "then name the bundle",
+        )
+    from crosspatch.deploy.torch_engine import TorchEngine
+    from crosspatch.training.package import load_model
+
+    trained = load_model(run)
+    runner = TorchEngine(trained, threads, device=device)
+    return Predictor(runner, trained.classes, trained.preprocess)

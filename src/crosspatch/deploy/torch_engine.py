@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model of a run as an engine: torch itself, on the accelerator or the processor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from crosspatch.data.augment import normalise
+from crosspatch.deploy.engines import Setting
+from crosspatch.errors import UsageError
+from crosspatch.training.package import Trained
+
+
+class TorchEngine:
+    """A trained model in evaluation mode: uint8 pictures in, calibrated probabilities out.
+
+    threads: set for the whole process, as torch has one number only; None leaves it. precision:
+    fp32, or bf16 for products in bfloat16 (autocast). device: None for the accelerator where there
+    is one. Raises UsageError for another precision.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        threads: int | None = None,
+        precision: str = "fp32",
+        device: torch.device | str | None = None,
+    ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise UsageError(
+                f"{precision} asked of torch", "torch computes in fp32 or bf16", "--engine auto"
+            )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.setting = Setting("torch", precision, torch.get_num_threads())
+        self._model = trained.module.eval().to(self.device)
+        self._temperature = trained.temperature
+        # the pictures that come have the model's size already: nothing is cut off them
+        self._preprocess = replace(trained.preprocess, store=trained.preprocess.size)
+
+    @torch.inference_mode()
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, 3) -> probabilities (B, K) float32."""
+        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(self.device)
+        inputs = normalise(pixels, self._preprocess)
+        half = self.setting.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            logits = self._model(inputs)
+        return (logits.float() / self._temperature).softmax(dim=-1).cpu().numpy()

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bundle against the torch model that it was made of, on the user's own pictures.
+
+Every engine that this machine has answers the same pixels as the reference: the model of a run in
+torch, fp32, on the processor. What is asked of them: in fp32 no probability may differ by more than
+TOLERANCE, and no picture may get another class unless the reference itself was undecided; int8 must
+give the same class to AGREEMENT of the pictures; bf16, which nobody gets unasked, is reported and
+not judged. Without a run there are the answers of torch to two check pictures, which every bundle
+carries, and the engines are compared with the first of them. This module imports torch only where a
+run is at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crosspatch.deploy.bundle import Bundle, check_pictures
+from crosspatch.deploy.choice import usable_cores
+from crosspatch.deploy.engines import Engine, Setting, available, open_engine
+from crosspatch.deploy.loading import MANY, weights_hash
+from crosspatch.deploy.predictor import Failure, Picture, Predictor
+from crosspatch.errors import CrosspatchError, DataError, UsageError
+from crosspatch.metrics.latency import Timing, alternate, ratio
+
+TOLERANCE = 1e-3
+"""Largest difference of a probability in fp32; engines sum in another order than torch does."""
+AGREEMENT = 0.97
+"""Least share of pictures to which int8 must give the class that the reference gives."""
+SECONDS = 2.0  # how long latencies are measured
+THREADS = 1
+"""Latencies are those of one thread: on a machine that is busy with other things, several threads
+that wait for each other measure the other things."""
+
+
+class Comparison(NamedTuple):
+    """agreed: pictures with the same class; difference: largest of a probability, 0 for none;
+    changed: places of pictures with another class although the reference was decided."""
+
+    agreed: int
+    difference: float
+    changed: list[int]
+
+
+@dataclass
+class EngineReport:
+    """What one engine did. Fields are None where nothing was there to compare with.
+
+    check: largest difference on the embedded check pictures; milliseconds: median of one picture on
+    one thread; faster: how many times as fast as torch, turn by turn; problems: empty when all is
+    well.
+    """
+
+    engine: str
+    precision: str
+    check: float | None = None
+    compared_with: str | None = None
+    agreed: int | None = None
+    difference: float | None = None
+    changed: list[dict[str, Any]] = field(default_factory=list)
+    milliseconds: float | None = None
+    faster: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What is known of a bundle. pictures: those compared; problems: of the bundle as a whole."""
+
+    bundle: Bundle
+    run: Path | None
+    same_weights: bool | None
+    pictures: int
+    failures: list[Failure]
+    engines: list[EngineReport]
+    torch_milliseconds: float | None
+    problems: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems and not any(one.problems for one in self.engines)
+
+
+def verify(
+    bundle: Bundle,
+    pictures: Sequence[Picture] = (),
+    *,
+    run: Path | None = None,
+    names: Sequence[str] = (),
+    engines: Sequence[tuple[str, str]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    seconds: float | None = None,
+) -> Report:
+    """Compares a bundle with the model of `run` (None: with what it carries) on `pictures`.
+
+    names: what pictures are called in the report; engines: (engine, precision) pairs, None for all
+    that can be had; seconds: how long latencies are measured, None for SECONDS. Raises DataError
+    when an engine gives what is no number or none can load the bundle, UsageError when none is
+    installed.
+    """
+    problems, reference = [], None
+    if run is not None:
+        reference, problems = _reference(bundle, run)
+    opened, reports = _open(bundle, engines)
+    for engine, report in zip(opened, reports, strict=False):
+        _check(bundle, engine, report)
+    sides = [*([reference] if reference else []), *opened]
+    answers = _several(bundle, sides).predict(pictures, batch=MANY, progress=progress)
+    probs = np.split(answers.probs, len(sides), axis=1)
+    called = [str(names[place] if names else place) for place in answers.ok]
+    _judge(bundle, reference is not None, probs, reports, called)
+    seconds = SECONDS if seconds is None else seconds
+    took = _latencies(bundle, reference, opened, reports, seconds)
+    return Report(
+        bundle,
+        run,
+        weights_hash(run) == bundle.info.weights if run is not None else None,
+        len(answers.ok),
+        answers.failures,
+        reports,
+        took,
+        problems,
+    )
+
+
+def compare(reference: np.ndarray, found: np.ndarray) -> Comparison:
+    """Two sets of probabilities (M, K) of the same pictures."""
+    if not len(reference):
+        return Comparison(0, 0.0, [])
+    same = reference.argmax(axis=1) == found.argmax(axis=1)
+    best = np.sort(reference, axis=1)
+    margin = best[:, -1] - best[:, -2] if best.shape[1] > 1 else np.ones(len(best))
+    changed = np.flatnonzero(~same & (margin >= 2 * TOLERANCE))
+    return Comparison(int(same.sum()), float(np.abs(reference - found).max()), changed.tolist())
+
+
+def _reference(bundle: Bundle, run: Path) -> tuple[Engine | None, list[str]]:
+    """The run's model in torch, None where it answers another question, and what is wrong."""
+    from crosspatch.deploy.torch_engine import TorchEngine
+    from crosspatch.training.package import load_model
+
+    trained, info = load_model(run), bundle.info
+    problems = []
+    if weights_hash(run) != info.weights:
+        problems.append(f"it was made of other weights than those in {run}")
+    if trained.temperature != info.temperature:
+        problems.append(
+            f"its temperature is {info.temperature:.4g}, that of {run} {trained.temperature:.4g}"
+        )
+    other = [
+        what
+        for what, differs in (
+            ("classes", trained.classes != info.classes),
+            ("preprocessing", trained.preprocess != info.preprocess),
+        )
+        if differs
+    ]
+    if other:
+        problems.append(f"its {' and '.join(other)} are other than those of {run}")
+        return None, problems
+    return TorchEngine(trained, device="cpu"), problems
+
+
+def _open(
+    bundle: Bundle, wanted: Sequence[tuple[str, str]] | None
+) -> tuple[list[Engine], list[EngineReport]]:
+    """Every engine that loads the bundle, and reports in the same order, failures last."""
+    kinds = available(bundle) if wanted is None else wanted
+    if not kinds:
+        raise UsageError(
+            f"no engine for {bundle.path}",
+            "onnxruntime or openvino, installed",
+            "pip install 'crosspatch[onnx]'",
+        )
+    opened, reports, failed, errors = [], [], [], []
+    for name, precision in kinds:
+        setting = Setting(name, precision, usable_cores())
+        try:
+            opened.append(open_engine(bundle, *setting))
+            reports.append(EngineReport(name, precision))
+        except CrosspatchError as error:
+            failed.append(EngineReport(name, precision, problems=[error.got]))
+            errors.append(error)
+    if not opened:
+        raise errors[0]
+    return opened, reports + failed
+
+
+def _check(bundle: Bundle, engine: Engine, report: EngineReport) -> None:
+    """The two pictures whose answers the bundle carries."""
+    pictures = check_pictures(bundle.info.preprocess.size, len(bundle.info.check) or 1)
+    found = _finite(engine, pictures)
+    if not bundle.info.check:
+        return
+    report.check = float(np.abs(found - np.asarray(bundle.info.check)).max())
+    if report.precision == "fp32" and report.check > TOLERANCE:
+        report.problems.append(
+            f"its answers to the check pictures in the bundle are off by {report.check:.2g}"
+        )
+
+
+def _finite(engine: Engine, images: np.ndarray) -> np.ndarray:
+    found = engine.run(images)
+    if not np.isfinite(found).all():
+        raise DataError(
+            f"{engine.setting.engine} gave probabilities that are not numbers (NaN or infinite)",
+            "finite numbers for every picture",
+            "export the run again; where torch gives them too, train with a lower rate (--lr)",
+        )
+    return found
+
+
+class _Several:
+    """Several engines as one, their probabilities side by side: pictures are decoded once."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self.engines, self.setting = engines, engines[0].setting
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        return np.concatenate([_finite(engine, images) for engine in self.engines], axis=1)
+
+
+def _several(bundle: Bundle, engines: Sequence[Engine]) -> Predictor:
+    classes = bundle.info.classes * len(engines)
+    return Predictor(_Several(engines), classes, bundle.info.preprocess)
+
+
+def _judge(
+    bundle: Bundle,
+    by_torch: bool,
+    probs: Sequence[np.ndarray],
+    reports: Sequence[EngineReport],
+    names: Sequence[str],
+) -> None:
+    """Compares every engine with the first of `probs` and notes what is too far off."""
+    truth, found = probs[0], probs[1:]
+    first = reports[0]
+    against = "torch fp32" if by_torch else f"{first.engine} {first.precision}"
+    compared = reports[: len(found)] if by_torch else reports[1 : 1 + len(found)]
+    for report, mine in zip(compared, found if len(truth) else [], strict=False):
+        result = compare(truth, mine)
+        report.compared_with = against
+        report.agreed, report.difference = result.agreed, result.difference
+        report.changed = [
+            {
+                "picture": names[place],
+                "reference": bundle.info.classes[truth[place].argmax()],
+                "engine": bundle.info.classes[mine[place].argmax()],
+            }
+            for place in result.changed
+        ]
+        report.problems += _findings(report, len(truth))
+
+
+def _findings(report: EngineReport, pictures: int) -> list[str]:
+    if report.agreed is None or report.difference is None:
+        return []
+    found = []
+    if report.precision == "int8" and report.agreed < AGREEMENT * pictures:
+        found.append(
+            f"only {report.agreed:,} of {pictures:,} pictures get the class that "
+            f"{report.compared_with} gives, {AGREEMENT:.0%} are asked for"
+        )
+    if report.precision == "fp32" and report.changed:
+        found.append(
+            f"{len(report.changed):,} of {pictures:,} pictures get another class than "
+            f"{report.compared_with} gives"
+        )
+    if report.precision == "fp32" and report.difference > TOLERANCE:
+        found.append(f"a probability is off by {report.difference:.2g}, {TOLERANCE:g} is allowed")
+    return found
+
+
+def _latencies(
+    bundle: Bundle,
+    reference: Engine | None,
+    opened: Sequence[Engine],
+    reports: Sequence[EngineReport],
+    seconds: float,
+) -> float | None:
+    """Notes the median time of one picture, in turns; gives that of torch in ms, or None."""
+    picture = check_pictures(bundle.info.preprocess.size, 1)
+    calls: dict[str, Callable[[], object]] = {}
+    for place, engine in enumerate(opened):
+        if engine.setting.threads != THREADS:
+            engine = open_engine(bundle, *engine.setting._replace(threads=THREADS))
+        calls[str(place)] = lambda engine=engine: engine.run(picture)
+    if reference is None:
+        times = alternate(calls, seconds=seconds, least=3)
+    else:
+        times = _beside_torch(calls | {"torch": lambda: reference.run(picture)}, seconds)
+    for place, report in enumerate(reports[: len(opened)]):
+        report.milliseconds = times[str(place)].median * 1e3
+        if reference is not None:
+            report.faster = ratio(times["torch"], times[str(place)]).median
+    return times["torch"].median * 1e3 if reference is not None else None
+
+
+def _beside_torch(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
+    """Times calls of which one is torch's, with torch on THREADS for that long."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        return alternate(calls, seconds=seconds, least=3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """The whole report as plain JSON."""
+    bundle = report.bundle
+    info = replace(bundle.info, check=())
+    return {
+        "bundle": str(bundle.path),
+        "ok": report.ok,
+        "format": bundle.format,
+        "precision": info.precision,
+        "size": bundle.size,
+        "sha256": bundle.hash,
+        "weights": info.weights,
+        "architecture": info.architecture,
+        "classes": list(info.classes),
+        "run": str(report.run) if report.run is not None else None,
+        "same_weights": report.same_weights,
+        "pictures": report.pictures,
+        "tolerance": {"fp32": TOLERANCE, "int8_agreement": AGREEMENT},
+        "latency_threads": THREADS,
+        "torch_milliseconds": report.torch_milliseconds,
+        "engines": [vars(one) | {"ok": not one.problems} for one in report.engines],
+        "problems": report.problems,
+    }
