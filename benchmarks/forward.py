@@ -74,7 +74,7 @@ def compared(kind: str, network: str, batch: int, threads: int, seconds: float) 
         "crosspatch on": call(kind, mine, x, "on"),
     }
     top = peaks(threads)["fp32"]
-    times = alternate(calls | {"peak": top.product.call}, seconds=seconds, least=7)
+    times = alternate(calls | {"peak": top.product.call}, seconds=seconds, least=7, settle=0)
     rate = top.product.operations / times["peak"].median
     return [
         {

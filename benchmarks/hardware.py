@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import crosspatch as xp
-from crosspatch.deploy.processor import processor as described
+from crosspatch.processor import processor as described
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,11 +16,11 @@ from crosspatch.deploy import bench_report, peak, subject
 from crosspatch.deploy.bench import Benched, Row, bench, torch_threads
 from crosspatch.deploy.bundle import Bundle, BundleInfo, read_bundle
 from crosspatch.deploy.engines import Setting
-from crosspatch.deploy.processor import Processor
 from crosspatch.deploy.subject import Subject, prepare
 from crosspatch.errors import DataError, UsageError
 from crosspatch.metrics.latency import timing
 from crosspatch.models.registry import create_model
+from crosspatch.processor import Processor
 from crosspatch.training.package import save_model
 
 ALL = [

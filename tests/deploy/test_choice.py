@@ -9,11 +9,11 @@ import pytest
 from crosspatch import cache
 from crosspatch.deploy import choice
 from crosspatch.deploy.bundle import read_bundle
-from crosspatch.deploy.choice import choose, usable_cores
+from crosspatch.deploy.choice import choose
 from crosspatch.deploy.engines import Setting
-from crosspatch.deploy.processor import Processor
 from crosspatch.errors import DataError, UsageError
 from crosspatch.metrics.latency import timing
+from crosspatch.processor import Processor
 from support.bundles import write_bundle, write_openvino
 
 
@@ -166,16 +166,4 @@ def test_a_true_measurement_is_quick_and_opens(bundle, monkeypatch) -> None:
     monkeypatch.setattr(choice, "SECONDS", 0.05)
     setting = choose(bundle)
     assert setting.engine in ("onnxruntime", "openvino")
-    assert 1 <= setting.threads <= usable_cores()
-
-
-def test_cores_obey_the_quota_and_the_environment(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(choice, "processor", lambda: Processor("p", 8, ()))
-    monkeypatch.setattr(choice, "CGROUP_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert usable_cores() == 8
-    for text, cores in (("max 100000", 8), ("250000 100000", 3), ("10000 100000", 1), ("?", 8)):
-        (tmp_path / "cpu.max").write_text(text)
-        assert usable_cores() == cores
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert usable_cores() == 2
+    assert 1 <= setting.threads <= choice.usable_cores()

@@ -184,7 +184,7 @@ def test_a_bundle_without_such_products_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_to_expect_is_said_where_integers_are_slow(monkeypatch) -> None:
-    from crosspatch.deploy.processor import Processor
+    from crosspatch.processor import Processor
 
     monkeypatch.setattr(room, "processor", lambda: Processor("x", 4, ("avx2",)))
     assert "rather than speed" in expectation()[0]

@@ -8,7 +8,7 @@ import pytest
 
 from crosspatch.errors import UsageError
 from crosspatch.models.registry import list_models
-from crosspatch.training.machine import Machine, quota_cores
+from crosspatch.training.machine import Machine
 from crosspatch.training.plan import (
     describe_augment,
     fit_to_time,
@@ -151,14 +151,6 @@ def test_validation_is_spaced_when_it_is_dear():
     recipe, _ = plan(Sides(32), 1_000, 10, CPU)
     assert space_evaluations(recipe, 0.05, 0.01).eval_every == 1
     assert space_evaluations(recipe, 0.01, 10.0).eval_every > 5
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"),
-    [("max 100000\n", None), ("200000 100000\n", 2.0), ("50000 100000", 0.5), ("odd", None)],
-)
-def test_container_quota(text, cores):
-    assert quota_cores(text) == cores
 
 
 def test_what_is_said_of_the_augmentation_is_that_of_the_final_length():

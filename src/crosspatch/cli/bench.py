@@ -161,7 +161,7 @@ def _answer(found: Benched, written: Sequence[Path]) -> dict[str, Any]:
 
 def _print(screen: Any, found: Benched, verdicts: Sequence[str], written: Sequence[Path]) -> None:
     from crosspatch.cli import words
-    from crosspatch.deploy.processor import processor
+    from crosspatch.processor import processor
 
     screen.line(processor().describe(), "bold")
     versions = [f"{name} {found.hardware[name]}" for name in ("torch", "onnxruntime", "openvino")]

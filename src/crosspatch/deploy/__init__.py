@@ -14,5 +14,4 @@ client     the tiny client that is written beside a bundle: numpy, onnxruntime a
 verify     a bundle against the torch model, on the user's own pictures
 bench      engine x precision x batch x threads on this machine; subject, peak and bench_report
            are what is measured, what it is set against, and how it is told
-processor  what this machine's processor is called and can do
 """

@@ -22,11 +22,10 @@ import crosspatch
 from crosspatch.deploy.bundle import Bundle, check_pictures
 from crosspatch.deploy.engines import Engine, Setting, open_engine
 from crosspatch.deploy.peak import Peak, peaks
-from crosspatch.deploy.processor import processor
 from crosspatch.deploy.subject import MODEL, ORDER, Subject, prepare
 from crosspatch.errors import CrosspatchError, UsageError, near
 from crosspatch.metrics.latency import Timing, alternate, ratio
-from crosspatch.training.machine import usable_cores
+from crosspatch.processor import processor, usable_cores
 
 BATCHES = (1, 8)
 SECONDS = 90.0

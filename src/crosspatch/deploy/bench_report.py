@@ -12,9 +12,9 @@ from typing import Any
 from crosspatch.deploy.bench import Benched, Row
 from crosspatch.deploy.bundle import needed
 from crosspatch.deploy.engines import precision_of
-from crosspatch.deploy.processor import processor
 from crosspatch.errors import UsageError
 from crosspatch.metrics.latency import Timing, ratio
+from crosspatch.processor import processor
 
 TABLE, FIGURE = "bench.csv", "bench.png"
 SAME = 0.03  # a ratio of times nearer to 1 than this is no difference

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,16 +23,15 @@ import numpy as np
 from crosspatch.cache import remembered
 from crosspatch.deploy.bundle import Bundle, check_pictures
 from crosspatch.deploy.engines import ENGINES, Engine, Setting, available, open_engine
-from crosspatch.deploy.processor import processor
 from crosspatch.errors import CrosspatchError, UsageError
 from crosspatch.metrics.latency import alternate
+from crosspatch.processor import processor, usable_cores
 
 SECONDS = 0.4
 """How long the turns of one stage go on; there are two stages."""
 TURN = 0.05  # seconds; of large networks fewer pictures than asked are taken, so that it fits in
 PATIENCE = 4.0  # seconds, after which no further engine is opened
 CACHE = "engines.json"
-CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def choose(bundle: Bundle, batch: int = 1, engines: Sequence[str] = ENGINES) -> Setting:
@@ -58,16 +54,6 @@ def choose(bundle: Bundle, batch: int = 1, engines: Sequence[str] = ENGINES) -> 
     key = _key(bundle, batch, candidates, cores)
     kept = remembered(CACHE, key, lambda: list(_measure(bundle, batch, candidates, cores)))
     return _setting(kept, candidates, cores) or _measure(bundle, batch, candidates, cores)
-
-
-def usable_cores() -> int:
-    """Cores this process may use at once: affinity, container quota and OMP_NUM_THREADS."""
-    cores = processor().cores
-    with suppress(OSError, ValueError):
-        quota, period = CGROUP_QUOTA.read_text().split()
-        cores = min(cores, max(1, int(int(quota) / int(period) + 0.5)))
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
 
 
 def _measure(

@@ -12,10 +12,11 @@ import hashlib
 from pathlib import Path
 
 from crosspatch.deploy.bundle import Bundle, read_bundle
-from crosspatch.deploy.choice import choose, usable_cores
+from crosspatch.deploy.choice import choose
 from crosspatch.deploy.engines import Engine, Setting, open_engine
 from crosspatch.deploy.predictor import Predictor
 from crosspatch.errors import UsageError, near
+from crosspatch.processor import usable_cores
 
 MANY = 16  # pictures at once, for a choice by measuring where there are several
 

@@ -36,8 +36,8 @@ from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.sources import Source, open_source
 from crosspatch.data.split import read_split
 from crosspatch.deploy.bundle import INPUT, KEY, BundleInfo, needed
-from crosspatch.deploy.processor import processor
 from crosspatch.errors import CrosspatchError, DataError
+from crosspatch.processor import processor
 from crosspatch.training.run import RunFolder
 
 LINEAR, HEAD = "linear/", "head/"

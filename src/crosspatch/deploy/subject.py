@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.deploy.bundle import Bundle, BundleInfo, read_bundle
 from crosspatch.deploy.engines import available
-from crosspatch.deploy.processor import processor
 from crosspatch.errors import CrosspatchError, DataError, UsageError
+from crosspatch.processor import processor
 from crosspatch.training.package import Trained, load_model, model_folder, read_config
 
 MODEL = "crossvit_tiny_224"

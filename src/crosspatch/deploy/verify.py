@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crosspatch.deploy.bundle import Bundle, check_pictures
-from crosspatch.deploy.choice import usable_cores
 from crosspatch.deploy.engines import Engine, Setting, available, open_engine
 from crosspatch.deploy.loading import MANY, weights_hash
 from crosspatch.deploy.predictor import Failure, Picture, Predictor
 from crosspatch.errors import CrosspatchError, DataError, UsageError
 from crosspatch.metrics.latency import Timing, alternate, ratio
+from crosspatch.processor import usable_cores
 
 TOLERANCE = 1e-3
 """Largest difference of a probability in fp32; engines sum in another order than torch does."""

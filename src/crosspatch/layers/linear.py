@@ -12,7 +12,6 @@ two differ in the last bits (1e-5); with `off` every number is torch's own.
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from crosspatch.cache import remembered
 from crosspatch.errors import UsageError
+from crosspatch.processor import processor
 
 MODES = ("auto", "on", "off")
 VARIABLE = "CROSSPATCH_LINEAR"
@@ -93,8 +93,8 @@ def switched(mode: str) -> Iterator[bool]:
 
 
 def _remembered() -> float:
-    where = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()}"
-    key = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = f"{torch.get_num_threads()} threads"
+    key = f"{processor().describe()}; {threads}; torch {torch.__version__}"
     return float(remembered("linear.json", key, measure))
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 FEATURES = {
     "avx2": "avx2",
     "avx512f": "avx512",
@@ -49,12 +50,8 @@ class Processor:
 @cache
 def processor() -> Processor:
     """This machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
     text = CPUINFO.read_text(errors="replace") if CPUINFO.is_file() else ""
-    return read_cpuinfo(text, cores)
+    return read_cpuinfo(text, _cores())
 
 
 def read_cpuinfo(text: str, cores: int) -> Processor:
@@ -67,3 +64,27 @@ def read_cpuinfo(text: str, cores: int) -> Processor:
     found = dict.fromkeys(FEATURES[flag] for flag in FEATURES if flag in flags)
     name = entries.get("model name") or platform.processor() or platform.machine() or "unknown"
     return Processor(name, cores, tuple(found))
+
+
+def quota_cores(text: str) -> float | None:
+    """Cores a container may use, from the content of cgroup's cpu.max; None if unlimited."""
+    quota, _, period = text.strip().partition(" ")
+    if quota == "max" or not quota.isdigit() or not period.isdigit() or int(period) == 0:
+        return None
+    return int(quota) / int(period)
+
+
+def usable_cores() -> int:
+    """Cores this process may use at once: affinity, container quota and OMP_NUM_THREADS."""
+    cores = _cores()
+    quota = quota_cores(CGROUP_QUOTA.read_text()) if CGROUP_QUOTA.is_file() else None
+    if quota is not None:
+        cores = min(cores, max(1, int(quota + 0.5)))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
