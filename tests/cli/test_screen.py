@@ -124,9 +124,10 @@ def test_the_last_screen_says_the_score_the_weak_spots_and_what_to_type() -> Non
     pairs = last.split("most confused\n")[1].splitlines()
     assert pairs[:2] == ["  oak taken for birch: 3 times", "  maple taken for birch: 2 times"]
     assert "model/model.safetensors    4.1 MB" in last
-    assert last.rstrip().splitlines()[-2:] == [
+    assert last.rstrip().splitlines()[-3:] == [
         "  crosspatch predict runs/leaves-1 PICTURES…",
         "  crosspatch eval runs/leaves-1 'my leaves'",
+        "  crosspatch export runs/leaves-1",
     ]
 
 

@@ -76,6 +76,10 @@ def test_a_description_survives_its_own_file(tmp_path) -> None:
         ({"check": [[1.0]]}, "check"),
         ({"preprocess": {"size": [8, 8]}}, "makes no sense"),
         ({"preprocess": None}, "makes no sense"),
+        (
+            {"preprocess": Preprocess((8, 12), (8, 90_000)).to_dict()},
+            "pixels",
+        ),
         ({"surplus": 1}, "makes no sense"),
         ({"schema": "one"}, "no readable description"),
     ],

@@ -33,8 +33,7 @@ def export(
     Parameters
     ----------
     to
-        onnx: a file for ONNX Runtime, and client.py that runs it without crosspatch. openvino: a
-        pair of files. torch: an archive of torch.export.
+        onnx: one file, and a client that runs it. openvino: a pair. torch: for torch.export.load.
     int8
         Keep the weights of Linear layers in 8 bits: a smaller file, down to a third.
     static

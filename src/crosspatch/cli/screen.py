@@ -162,6 +162,7 @@ class Screen:
         self.line("next, type", "green")
         self.line(f"  {words.command('crosspatch', 'predict', out)} PICTURES…")
         self.line(f"  {words.command('crosspatch', 'eval', out, summary['data'])}")
+        self.line(f"  {words.command('crosspatch', 'export', out)}")
 
     def _files(self, files: dict[str, int]) -> None:
         width = max(map(len, files), default=0)

@@ -43,6 +43,7 @@ DECODING = {
     "channels": "RGB",
 }
 """How a picture file becomes RGB pixels, in words; `crosspatch.data.decode` does it."""
+LARGEST = 8192  # pixels a side that a bundle may ask for: a stranger's must not eat the memory
 CHECKS = 2  # pictures made by a formula, whose probabilities stand in the bundle
 
 
@@ -118,6 +119,8 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     if any(len(row) != len(classes) for row in check):
         raise ValueError("check rows have another length than classes")
     preprocess = Preprocess.from_dict(given["preprocess"])
+    if max(preprocess.store) > LARGEST:
+        raise ValueError(f"pictures of {preprocess.store} pixels")
     made = {"classes": classes, "check": check, "temperature": temperature}
     return given | made | {"preprocess": preprocess}
 
