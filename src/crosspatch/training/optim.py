@@ -26,6 +26,21 @@ def rate(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> fl
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def epoch_rate(
+    epoch: int, *, epochs: float, warmup: float, peak: float, floor: float, start: float
+) -> float:
+    """DeiT's learning rate of epoch 0..epochs-1, constant within the epoch (arXiv 2012.12877, the
+    authors' code): linear warm-up from `start` over `warmup` epochs, then half a cosine to `floor`.
+
+    Their scheduler is stepped after an epoch with that epoch's number, so that epoch e has the rate
+    of time e - 1 and epochs 0 and 1 both have `start`; the cosine is counted from epoch 0.
+    """
+    time = max(0, epoch - 1)
+    if time < warmup:
+        return start + time * (peak - start) / warmup
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, time / epochs)))
+
+
 def ema_decay(step: int, *, steps: int, half_life: float) -> float:
     """Decay of the average at step 0..steps-1; `half_life` is a fraction of the whole run.
 
