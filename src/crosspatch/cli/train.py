@@ -69,7 +69,7 @@ class Choices:
     """Peak learning rate."""
 
     recipe: Annotated[str | None, Parameter(metavar="NAME", show_default="small")] = None
-    """The set of defaults."""
+    """The set of defaults: small, or deit (DeiT's training; for large sets and GPUs)."""
 
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of the computation."""

@@ -27,6 +27,7 @@ TYPED = (
 )  # fmt: skip
 SPARE = 0.05  # of a time budget is left unused
 EVAL_SHARE = 0.08  # of a run may go into validation, before it is done less often
+STRONG_TURN = 20.0  # degrees, from which the augmentation is called strong
 SIZE_UNKNOWN = 224  # input of a model whose name holds no size
 
 
@@ -83,10 +84,13 @@ def plan(
         **work,
         mean=source.MEAN,
         std=source.STD,
-        min_lr=work["lr"] * source.RATE_LAST,
+        min_lr=source.last_rate(work["lr"]),
         weight_decay=source.WEIGHT_DECAY,
         betas=source.BETAS,
         warmup=0,
+        schedule=source.SCHEDULE,
+        decay=source.DECAY,
+        repeats=source.REPEATS,
         ema=source.EMA_HALF_LIFE,
         smoothing=source.SMOOTHING,
         drop_path=0.0,
@@ -101,6 +105,7 @@ def plan(
         linear=given.get("linear", "auto"),
         time_budget=given.get("time"),
     )
+    reasons.extend(source.REASONS)
     recipe = with_steps(recipe, recipe.steps, given)
     return recipe, reasons
 
@@ -185,7 +190,8 @@ def describe_augment(recipe: Recipe) -> str:
     flip = "mirrored and " if recipe.augment.flip else ""
     tail = "" if recipe.augment.flip else ", not mirrored"
     mixed = f", mixed by {' and '.join(recipe.mix)}" if recipe.mix else ""
-    done = "cropped, turned and tinted a little" if recipe.augment.ops else "cropped a little"
+    done = "cropped, turned and tinted" if recipe.augment.ops else "cropped"
+    done += " a little" if recipe.augment.rotate < STRONG_TURN else " strongly"
     return f"Training pictures are {flip}{done}{tail}{mixed}."
 
 
