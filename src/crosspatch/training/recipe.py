@@ -29,11 +29,13 @@ class Recipe:
     (`optim.rate`, `optim.epoch_rate`); decay: last parts of names of parameters that are decayed
     although the model says otherwise; repeats: how often in a row an epoch has each picture; ema:
     half-life of the weight average as a fraction of the run (0 = off); clip: largest gradient norm
-    (0 = off); mix: names out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha: of each
-    Beta distribution; eval_every: epochs between validations; time_budget: seconds asked for, or
-    None; threads: CPU threads (numbers differ between thread counts); linear: whether large
-    products go through oneDNN (`layers.linear`), "on" or "off" once a run has begun; workers:
-    loader processes, used when the pictures do not fit into memory.
+    (0 = off); weights: run folder whose model is taken instead of a fresh one, with another head;
+    penalties: those that a linear probe tries, empty where the whole network is trained; mix: names
+    out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha: of each Beta distribution;
+    eval_every: epochs between validations; time_budget: seconds asked for, or None; threads: CPU
+    threads (numbers differ between thread counts); linear: whether large products go through oneDNN
+    (`layers.linear`), "on" or "off" once a run has begun; workers: loader processes, used when the
+    pictures do not fit into memory.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Recipe:
     smoothing: float
     drop_path: float
     clip: float
+    weights: str | None = None
+    penalties: tuple[float, ...] = ()
     mix: tuple[str, ...] = ()
     mix_prob: tuple[float, ...] = ()
     mix_alpha: tuple[float, ...] = ()

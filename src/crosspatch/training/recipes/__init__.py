@@ -11,6 +11,7 @@ from crosspatch.errors import UsageError, near
 RECIPES = {
     "small": "crosspatch.training.recipes.small",
     "deit": "crosspatch.training.recipes.deit",
+    "probe": "crosspatch.training.recipes.probe",
 }
 
 

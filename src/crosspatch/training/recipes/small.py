@@ -57,6 +57,8 @@ SMOOTHING = 0.1
 CLIP = 1.0
 REPEATS = 1
 DECAY: tuple[str, ...] = ()  # names that are decayed, although the model says otherwise
+REFUSES = ("weights",)  # settings that have no meaning here
+PENALTIES: tuple[float, ...] = ()  # of a probe
 REASONS: tuple[str, ...] = ()
 
 # Regularisation grows with the epochs: (epochs up to, stochastic depth, augmentation, mixing).
