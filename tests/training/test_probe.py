@@ -143,6 +143,18 @@ def test_the_features_may_be_those_of_a_run(opened, tmp_path):
         train_run("stripes", tmp_path / "n", {"recipe": "probe", "weights": tmp_path / "nowhere"})
 
 
+def test_pictures_that_a_run_was_trained_on_never_judge_it(opened, tmp_path):
+    typed = {"model": "vit_micro_32", "size": 32, "batch": 16, "epochs": 1, "seed": 5}
+    train_run("stripes", tmp_path / "run", typed)
+    given = {"recipe": "probe", "weights": tmp_path / "run"}
+    with pytest.raises(UsageError, match=r"was trained on \d+ of the pictures.*add --seed 5"):
+        train_run("stripes", tmp_path / "other", given)
+    assert not (tmp_path / "other").exists()
+    train_run("stripes", tmp_path / "same", {**given, "seed": 5})
+    split = (tmp_path / "run" / "split.csv").read_text()
+    assert (tmp_path / "same" / "split.csv").read_text() == split
+
+
 def test_stopped_and_resumed_equals_uninterrupted(opened, tmp_path, monkeypatch):
     train_run("stripes", tmp_path / "whole", PROBE)
     real = probe.fit_logistic

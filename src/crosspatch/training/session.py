@@ -133,6 +133,8 @@ def _begin(
     prepared = _prepare(source, first, reporter)
     split = make_split(source, keep=prepared.kept, seed=seed)
     pictures = _Pictures(source, prepared, split, source.fingerprint())
+    if first.weights:
+        _refuse_seen(RunFolder(first.weights), pictures)
     recipe, reasons = plans.plan(look, len(split.train), len(source.classes), machine, given)
     shape = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
@@ -191,6 +193,23 @@ def _continue(
     pictures = _Pictures(source, _prepare(source, recipe, reporter), split, fingerprint)
     now = _versions(recipe)
     return recipe, pictures, {**config, "versions": now}
+
+
+def _refuse_seen(run: RunFolder, pictures: _Pictures) -> None:
+    """Raises UsageError where `run`, which gives the weights, was trained on pictures that would
+    validate or test them here."""
+    config = run.read_config() if run.config_path.is_file() else {}
+    if config.get("run", {}).get("fingerprint") != pictures.fingerprint:
+        return
+    theirs = read_split(run.path / "split.csv", pictures.source)
+    judging = np.concatenate([pictures.split.val, pictures.split.test])
+    seen = int(np.isin(judging, theirs.train).sum())
+    if seen:
+        raise UsageError(
+            f"{run.path} was trained on {seen:,} of the pictures that would judge it here",
+            "the split of that run, for the same pictures",
+            f"add --seed {config['recipe']['seed']}",
+        )
 
 
 def _prepare(source: Source, recipe: Recipe, reporter: Reporter) -> Prepared:
