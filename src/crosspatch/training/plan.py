@@ -90,18 +90,10 @@ def plan(
         **{"mean": source.MEAN, "std": source.STD, **shape},
         **work,
         weights=given.get("weights"),
-        penalties=source.PENALTIES,
+        **_constants(source),
         min_lr=source.last_rate(work["lr"]),
-        weight_decay=source.WEIGHT_DECAY,
-        betas=source.BETAS,
         warmup=0,
-        schedule=source.SCHEDULE,
-        decay=source.DECAY,
-        repeats=source.REPEATS,
-        ema=source.EMA_HALF_LIFE,
-        smoothing=source.SMOOTHING,
         drop_path=0.0,
-        clip=source.CLIP,
         augment=AugmentConfig(**augment),
         device=machine.device,
         precision=given.get("precision", "bf16" if machine.bf16 else "fp32"),
@@ -115,6 +107,21 @@ def plan(
     reasons.extend(source.REASONS)
     recipe = with_steps(recipe, recipe.steps, given)
     return recipe, reasons
+
+
+def _constants(source: Any) -> dict[str, Any]:
+    """Settings that neither data nor machine nor length change."""
+    return {
+        "weight_decay": source.WEIGHT_DECAY,
+        "betas": source.BETAS,
+        "schedule": source.SCHEDULE,
+        "decay": source.DECAY,
+        "repeats": source.REPEATS,
+        "ema": source.EMA_HALF_LIFE,
+        "smoothing": source.SMOOTHING,
+        "clip": source.CLIP,
+        "penalties": source.PENALTIES,
+    }
 
 
 def _check_refused(source: Any, given: Mapping[str, Any]) -> None:
