@@ -97,6 +97,27 @@ def test_ctrl_c_saves_and_the_command_it_names_goes_on(
     assert epochs[-1] == 3
 
 
+def test_a_probe_of_a_run_is_a_run_that_the_other_verbs_read(
+    crosspatch, digits_run, pictures, tmp_path
+) -> None:
+    run = tmp_path / "probe"
+    words = ("train", pictures, "--recipe", "probe", "--weights", digits_run, "--out", run)
+    answer = crosspatch(*words)
+    assert answer.code == 0, answer.err
+    assert "linear probe, 6 penalties" in answer.out
+    judged = crosspatch("eval", run, pictures, "--json")
+    assert judged.code == 0
+    assert (
+        judged.json["accuracy"] == json.loads((run / "report.json").read_text())["test"]["accuracy"]
+    )
+    named = crosspatch("predict", run, pictures, "--json")
+    assert len(named.json["predictions"]) == 60
+    exported = crosspatch("export", run, "--json")
+    assert exported.code == 0, exported.err
+    assert (run / "bundle.onnx").is_file()
+    assert_refused(crosspatch(*words[:2], "--weights", digits_run), 2, "recipe small", "probe")
+
+
 def test_hostile_files_are_listed_and_the_good_ones_trained_on(crosspatch, tmp_path) -> None:
     data, run = tmp_path / "photos", tmp_path / "run"
     good, bad = write_hostile_folder(data)

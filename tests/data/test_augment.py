@@ -101,6 +101,18 @@ def test_flips_mirror_half_of_the_pictures():
     assert 16 < mirrored.sum() < 48
 
 
+def test_padding_shifts_whole_pictures_by_up_to_its_part_of_the_side():
+    table = np.full((3, 24), 0.5)
+    table[:, 16], table[:, 17] = [0.0, 0.5, 1.0], [0.5, 0.5, 1.0]
+    warp = steer(table, AugmentConfig(pad=0.25), SIZE).warp  # in units of half a side
+    assert warp[:, 0, 2].tolist() == [-0.5, 0.0, 0.5]
+    assert warp[:, 1, 2].tolist() == [0.0, 0.0, 0.5]
+    assert torch.equal(warp[:, :, :2], torch.eye(2).expand(3, 2, 2))
+    images = pictures(40)
+    moved = run(images, AugmentConfig(pad=0.25))
+    assert not torch.allclose(moved, normalise(images, SIZE))
+
+
 def test_a_half_turn_is_exact():
     """`steer` for the extreme draw of a rotation by 180 degrees equals flipping both axes."""
     config = AugmentConfig(rotate=180.0)

@@ -6,12 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crosspatch.data.decode import UnreadableImage
-from crosspatch.data.loading import epoch_order, eval_batches, steps_per_epoch, train_batches
+from crosspatch.data.loading import (
+    epoch_order,
+    eval_batches,
+    repeated,
+    steps_per_epoch,
+    train_batches,
+)
 from crosspatch.data.prepare import prepare
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.sources import open_source
 from crosspatch.errors import UsageError
-from support import hostile
+from support import goldens, hostile
 
 PREPROCESS = Preprocess((16, 16), (16, 16))
 
@@ -50,6 +56,38 @@ def test_the_order_is_a_permutation_and_reproducible(n, epoch, seed):
 def test_epochs_and_seeds_differ():
     orders = [epoch_order(100, epoch, seed) for epoch in range(3) for seed in range(3)]
     assert len({tuple(order.tolist()) for order in orders}) == 9
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_the_repeated_order_is_the_authors(world, epoch):
+    """Their permutation is torch's, seeded by the epoch, and cut to a multiple of 256."""
+    drawn = torch.randperm(1000, generator=torch.Generator().manual_seed(epoch))
+    kept = repeated(drawn, 3)[:768]
+    for rank in range(world):
+        wanted = goldens.arrays("deit/recipe")[f"ra_w{world}_r{rank}_e{epoch}"]
+        assert kept[rank::world].tolist() == wanted.tolist()
+
+
+@given(st.integers(1, 60), st.integers(1, 5))
+def test_repeats_follow_each_other_and_fill_the_epoch(n, repeats):
+    order = epoch_order(n, 0, 0)
+    found = repeated(order, repeats)
+    assert found.tolist() == [int(order[place // repeats]) for place in range(n)]
+    assert torch.equal(repeated(order, 1), order)
+
+
+@given(start=st.integers(0, 5), world=st.integers(1, 3))
+def test_repeated_batches_begin_anywhere_and_are_shared_out(images, start, world):
+    how = {"epoch": 1, "seed": 1, "repeats": 3}
+    whole = list(train_batches(images, 4, **how))
+    assert torch.equal(torch.cat([b.index for b in whole]), repeated(epoch_order(21, 1, 1), 3)[:20])
+    assert torch.equal(torch.cat([b.positions for b in whole]), torch.arange(20))
+    assert same(whole[start:], list(train_batches(images, 4, start_batch=start, **how)))
+    shares = [list(train_batches(images, 4, rank=r, world=world, **how)) for r in range(world)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        together = torch.cat([part.positions for part in parts])
+        assert torch.equal(together.sort().values, batch.positions)
 
 
 def test_training_batches_are_whole_and_disjoint(images):

@@ -40,6 +40,12 @@ def read(name: str) -> Golden:
     return Golden(meta, outputs)
 
 
+def arrays(name: str) -> dict[str, np.ndarray]:
+    """The golden `slug/variant` of numbers that belong to no model, without its notes."""
+    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
+        return {key: file[key] for key in file.files if key != "meta"}
+
+
 def weights(name: str, shape: list[int]) -> torch.Tensor:
     """The value of a state dict entry: scaled by fan-in, near 1 for scales, small for tables."""
     rng = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF)

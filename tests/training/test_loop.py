@@ -18,7 +18,7 @@ from crosspatch.training.loop import Silent, fit
 from crosspatch.training.objective import make_objective
 from crosspatch.training.package import load_model
 from crosspatch.training.run import RunFolder
-from crosspatch.training.state import BEFORE, LAST, load_state
+from crosspatch.training.state import BEFORE, LAST, load_state, save_state
 
 TIMES = ("elapsed", "images_per_second", "remaining")
 
@@ -263,6 +263,38 @@ def test_no_average_no_clipping_and_fewer_pictures_than_a_batch(train, make_reci
     with pytest.raises(Interrupted):
         train("cut", Stop(2, halt()), use=recipe)
     same(run, train("cut", resume=True, use=recipe)[0])
+
+
+def test_a_run_by_deit_resumes_exactly_in_the_middle_of_an_epoch(train, make_recipe):
+    recipe = make_recipe(
+        schedule="epochs", repeats=3, decay=("token",), ema=0.0, clip=0.0, warmup=14,
+        mix=("mixup-batch", "cutmix-batch"), mix_prob=(0.5, 0.5), mix_alpha=(0.8, 1.0),
+    )  # fmt: skip
+    whole, outcome = train("whole", use=recipe)
+    assert [row["lr"] for row in outcome.rows][:2] == [1e-6, 1e-6]
+    assert outcome.rows[2]["lr"] == pytest.approx(1e-6 + (5e-3 - 1e-6) / 2)
+    for at in (10, 16):
+        with pytest.raises(Interrupted):
+            train(f"cut{at}", Stop(at, halt()), use=recipe)
+        same(whole, train(f"cut{at}", resume=True, use=recipe)[0])
+
+
+def test_repeats_change_what_an_epoch_sees(train, make_recipe):
+    (one, _), (two, _) = train("one"), train("two", use=make_recipe(repeats=3))
+    assert table(one) != table(two)
+
+
+def test_a_state_from_before_a_setting_existed_is_resumed(train, monkeypatch):
+    whole, _ = train("whole")
+    with pytest.raises(Interrupted):
+        train("cut", Stop(9, halt()))
+    last = whole.path.parent / "cut" / "last"
+    tensors, meta, _ = load_state(last)
+    for name in ("schedule", "repeats", "decay"):
+        del meta["recipe"][name]
+    del meta["recipe"]["augment"]["pad"]
+    save_state(last, tensors, meta)
+    same(whole, train("cut", resume=True)[0])
 
 
 def test_bf16_trains_and_resumes(train, make_recipe):

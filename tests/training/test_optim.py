@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from crosspatch.training.optim import Ema, ema_decay, make_optimiser, rate, set_rate, split_decay
+from crosspatch.training.optim import (
+    Ema,
+    ema_decay,
+    epoch_rate,
+    make_optimiser,
+    rate,
+    set_rate,
+    split_decay,
+)
+from support import goldens
 
 
 def test_rate_by_hand():
@@ -30,6 +39,13 @@ def test_rate_rises_then_falls(steps, part):
     assert all(value > 0 for value in found)
     assert found[: warmup + 1] == sorted(found[: warmup + 1])
     assert found[warmup:] == sorted(found[warmup:], reverse=True)
+
+
+def test_rates_of_epochs_are_those_of_deit():
+    wanted = goldens.arrays("deit/recipe")["lr"]
+    how = {"epochs": 300, "warmup": 5, "peak": 1e-3, "floor": 1e-5, "start": 1e-6}
+    found = [epoch_rate(epoch, **how) for epoch in range(300)]
+    assert found == pytest.approx(wanted.tolist(), rel=1e-12)
 
 
 def test_ema_decay_is_scaled_to_the_run():

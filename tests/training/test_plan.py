@@ -17,7 +17,7 @@ from crosspatch.training.plan import (
     space_evaluations,
     with_steps,
 )
-from crosspatch.training.recipes import small
+from crosspatch.training.recipes import deit, small
 
 CPU = Machine(cores=2, memory=8 << 30)
 GPU = Machine(cores=16, memory=64 << 30, device="cuda", gpu="G", bf16=True)
@@ -61,6 +61,35 @@ def test_every_preset_exists_at_its_sizes():
     rows = (*small.PRESETS_CPU, *small.PRESETS_GPU)
     assert {small.FEW_PRESET, *(row[1] for row in rows)} <= known
     assert all(low <= high for _, _, low, high in rows)
+
+
+def test_the_recipe_of_deit_has_the_authors_settings():
+    recipe, reasons = plan(Sides(500), 1_281_167, 1000, GPU, {"recipe": "deit", "batch": 1024})
+    assert (recipe.model, recipe.size) == ("deit_small_patch16_224", (224, 224))
+    assert recipe.store == (256, 256)
+    assert (recipe.lr, recipe.min_lr, recipe.weight_decay) == (1e-3, 1e-5, 0.05)
+    assert (recipe.schedule, recipe.epochs, recipe.repeats) == ("epochs", 300, 3)
+    assert recipe.warmup == 5 * recipe.steps_per_epoch
+    assert (recipe.smoothing, recipe.drop_path, recipe.clip, recipe.ema) == (0.1, 0.1, 0, 0)
+    assert (recipe.mix, recipe.mix_prob) == (("mixup-batch", "cutmix-batch"), (0.5, 0.5))
+    assert recipe.augment.crop_scale == (0.08, 1.0)
+    assert recipe.augment.rotate == pytest.approx(27)
+    assert (recipe.augment.ops, recipe.augment.erase) == (2, 0.25)
+    assert any("Repeated augmentation" in reason for reason in reasons)
+    assert "strongly" in describe_augment(recipe)
+    assert plan(Sides(500), 90_000, 9, CPU, {"recipe": "deit", "repeats": 1})[0].repeats == 1
+    assert plan(Sides(500, 2.5), 90_000, 9, CPU, {"recipe": "deit"})[0].fit == "crop"
+
+
+def test_the_recipe_of_deit_on_small_pictures_and_sets():
+    recipe, _ = plan(Sides(28), 1_200, 10, CPU, {"recipe": "deit"})
+    assert (recipe.model, recipe.size) == ("vit_micro_32", (32, 32))
+    assert (recipe.augment.pad, recipe.augment.crop_scale) == (4 / 32, (1.0, 1.0))
+    assert recipe.lr == pytest.approx(5e-4 * recipe.batch / 512)
+    short = with_steps(recipe, 10 * recipe.steps_per_epoch)
+    assert short.warmup == 2 * recipe.steps_per_epoch
+    names = (deit.SMALL_PICTURES[1], deit.PRESET_CPU[1], deit.PRESET_GPU[1])
+    assert all(list_models(name) for name in names)
 
 
 def test_big_pictures_keep_room_for_crops():
@@ -108,6 +137,11 @@ def test_what_was_typed_wins():
         ({"time": -1.0}, "--time"),
         ({"time": 60.0, "epochs": 3}, "both --time and --epochs"),
         ({"recipe": "smal"}, "--recipe small"),
+        ({"weights": "run"}, "leave --weights away, or add --recipe probe"),
+        ({"recipe": "deit", "weights": "run"}, "--weights with the recipe deit"),
+        ({"recipe": "probe", "epochs": 3}, "--epochs with the recipe probe"),
+        ({"recipe": "probe", "flip": True}, "--flip with the recipe probe"),
+        ({"recipe": "probe", "weights": "r", "model": "m"}, "both --weights and --model"),
     ],
 )
 def test_bad_settings_are_refused(typed, match):

@@ -38,6 +38,7 @@ def test_unknown_and_missing_settings_are_named(recipe):
         ("batch", 0), ("lr", 0.0), ("lr", 11.0), ("min_lr", 1.0), ("smoothing", 1.0),
         ("drop_path", -0.1), ("fit", "stretch"), ("precision", "fp8"), ("precision", "fp16"),
         ("mix", ("cutout",)),        ("workers", -1), ("size", (0, 8)), ("steps", 0), ("ema", 1.0),
+        ("schedule", "steps"), ("repeats", 0),
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused(make_recipe, name, value):

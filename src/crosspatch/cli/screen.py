@@ -305,10 +305,11 @@ def _model_text(info: dict[str, Any]) -> str:
 
 
 def _training_text(info: dict[str, Any]) -> str:
-    parts = [words.plural(info["epochs"], "epoch")]
-    if info.get("steps"):
+    probe = info.get("penalties", 0)
+    parts = [f"linear probe, {probe} penalties" if probe else words.plural(info["epochs"], "epoch")]
+    if info.get("steps") and not probe:
         parts.append(f"{info['steps']:,} steps of {info.get('batch', '?')} pictures")
-    if info.get("lr"):
+    if info.get("lr") and not probe:
         parts.append(f"rate {info['lr']:.2g}")
     if info.get("precision"):
         parts.append(f"{info['precision']} on {info.get('device', 'cpu')}")

@@ -69,7 +69,10 @@ class Choices:
     """Peak learning rate."""
 
     recipe: Annotated[str | None, Parameter(metavar="NAME", show_default="small")] = None
-    """The set of defaults."""
+    """The set of defaults: small, deit (for large sets and GPUs), probe (a linear head)."""
+
+    weights: Annotated[Path | None, Parameter(metavar="RUN")] = None
+    """With --recipe probe: the run whose features are used."""
 
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of the computation."""

@@ -31,7 +31,8 @@ class AugmentConfig:
     """How strongly to augment. The defaults change nothing.
 
     `flip`: mirror half of the pictures. `crop_scale`: least and greatest part of the area that is
-    kept; `ratio`: least and greatest width-to-height ratio of the part, relative to the picture's.
+    kept; `ratio`: least and greatest width-to-height ratio of the part, relative to the picture's;
+    `pad`: how far it may reach over each edge, as a part of the side.
     `shift`: greatest shift as a part of the side; `rotate`, `shear`: greatest angle in degrees.
     `brightness`, `contrast`, `saturation`: greatest relative change (0.4: factors 0.6 to 1.4).
     `erase`: probability that a rectangle is blanked. `ops`: how many of shift, rotate, shear,
@@ -41,6 +42,7 @@ class AugmentConfig:
     flip: bool = False
     crop_scale: tuple[float, float] = (1.0, 1.0)
     ratio: tuple[float, float] = (1.0, 1.0)
+    pad: float = 0.0
     shift: float = 0.0
     rotate: float = 0.0
     shear: float = 0.0
@@ -54,7 +56,7 @@ class AugmentConfig:
     def warps(self) -> bool:
         """Whether the geometry may change."""
         crops = (self.crop_scale, self.ratio) != ((1.0, 1.0), (1.0, 1.0))
-        return crops or self.flip or any((self.shift, self.rotate, self.shear))
+        return crops or self.flip or any((self.pad, self.shift, self.rotate, self.shear))
 
     @property
     def recolours(self) -> bool:
@@ -156,7 +158,7 @@ def _warp(
     area = _between(config.crop_scale, draw[:, 0])
     ratio = np.exp(_between(np.log(config.ratio), draw[:, 1]))
     part = np.sqrt(np.stack([area * ratio, area / ratio], 1)).clip(max=1)  # of width and height
-    centre = (2 * draw[:, 2:4] - 1) * (1 - part) + 2 * amounts["shift"]
+    centre = (2 * draw[:, 2:4] - 1) * (1 - part + 2 * config.pad) + 2 * amounts["shift"]
     sides = np.array([store[1], store[0]])  # turning is done where pixels are square
     linear = _turn(np.deg2rad(amounts["rotate"]), np.deg2rad(amounts["shear"]))
     linear = linear * (part * sides)[:, None, :] / sides[:, None]

@@ -176,7 +176,13 @@ class _Fit:
         end = min(r.steps, (epoch + 1) * r.steps_per_epoch)
         self.clock.restart()
         for batch in train_batches(
-            self.train, r.batch, epoch=epoch, seed=r.seed, start_batch=start, workers=r.workers
+            self.train,
+            r.batch,
+            epoch=epoch,
+            seed=r.seed,
+            start_batch=start,
+            workers=r.workers,
+            repeats=r.repeats,
         ):
             self.stepper.step(batch, epoch, self.step)
             self.step += 1
@@ -297,7 +303,8 @@ class _Fit:
         self.reporter.message(f"Continues at step {self.step:,} of {self.recipe.steps:,}.")
 
     def _compare(self, meta: dict[str, Any]) -> None:
-        now, then = self.recipe.to_dict(), meta["recipe"]
+        # settings that an older version did not know have their defaults
+        now, then = self.recipe.to_dict(), Recipe.from_dict(meta["recipe"]).to_dict()
         changed = [
             f"{key} {then.get(key)} -> {now.get(key)}"
             for key in sorted(now.keys() | then.keys())

@@ -9,13 +9,19 @@ from torch import nn
 
 from crosspatch.mixing import OneOf
 from crosspatch.mixing.cutmix import Cutmix
+from crosspatch.mixing.deit import BatchCutmix, BatchMixup
 from crosspatch.mixing.mixup import Mixup
 from crosspatch.objectives.supervised import Supervised
 from crosspatch.tasks.classify import Classify
 from crosspatch.training.package import build_model
 from crosspatch.training.recipe import Recipe
 
-MIXER_OF: dict[str, Callable] = {"mixup": Mixup, "cutmix": Cutmix}
+MIXER_OF: dict[str, Callable] = {
+    "mixup": Mixup,
+    "cutmix": Cutmix,
+    "mixup-batch": BatchMixup,
+    "cutmix-batch": BatchCutmix,
+}
 
 
 def make_mixer(recipe: Recipe) -> OneOf | None:

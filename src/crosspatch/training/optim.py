@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 FUSED = "adamw-fused"
 FOREACH = "adamw-foreach"
+WARMUP_FROM = 1e-6  # DeiT's rate at the start of the warm-up
 EMA_START = 10  # the average follows faster at first: decay <= (1 + t) / (EMA_START + t)
 
 
@@ -24,6 +25,28 @@ def rate(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> fl
         return peak * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def epoch_rate(
+    epoch: int,
+    *,
+    epochs: float,
+    warmup: float,
+    peak: float,
+    floor: float,
+    start: float = WARMUP_FROM,
+) -> float:
+    """DeiT's learning rate of epoch 0..epochs-1, constant within the epoch (arXiv 2012.12877, the
+    authors' code): linear warm-up from `start` over `warmup` epochs, then half a cosine to `floor`.
+
+    Their scheduler is stepped after an epoch with that epoch's number, so that epoch e has the rate
+    of time e - 1 and epochs 0 and 1 both have `start`; the cosine is counted from epoch 0.
+    """
+    time = max(0, epoch - 1)
+    if time < warmup:
+        start = min(start, peak)
+        return start + time * (peak - start) / warmup
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, time / epochs)))
 
 
 def ema_decay(step: int, *, steps: int, half_life: float) -> float:

@@ -25,10 +25,15 @@ LARGEST_CONFIG = 1 << 20  # bytes
 
 
 def build_model(recipe: Recipe, classes: int, *, training: bool = True) -> nn.Module:
-    """The module that `recipe` names, seeded by it. Raises UsageError for an unknown model."""
+    """The module that `recipe` names, seeded by it; with `recipe.weights` that run's, with a fresh
+    head. Raises UsageError for an unknown model, DataError where that run cannot be read."""
     import torch
 
     torch.manual_seed(recipe.seed)
+    if recipe.weights:
+        module = load_model(recipe.weights).module
+        module.reset_classifier(classes)  # type: ignore[operator]
+        return module
     return _create(recipe.model, _arguments(recipe, classes, training=training))
 
 

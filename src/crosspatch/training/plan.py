@@ -2,8 +2,8 @@
 """The plan: from data and machine to a recipe, with the reasons in plain sentences.
 
 `overrides` are what the user typed: model, size, fit, batch, epochs, time (seconds), lr, seed,
-precision, compile, workers, flip, recipe, linear; and, for experiments, any other field of `Recipe`
-("augment" then being a dict of `AugmentConfig` fields). They always win.
+precision, compile, workers, flip, recipe, linear, weights (a run folder); and, for experiments, any
+other field of `Recipe` ("augment" then being a dict of `AugmentConfig` fields). They always win.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from crosspatch.data.augment import AugmentConfig
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.errors import UsageError, near
 from crosspatch.training.machine import Machine
+from crosspatch.training.package import model_folder, read_config
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
 
 TYPED = (
     "model", "size", "fit", "batch", "epochs", "time", "lr", "seed", "precision", "compile",
-    "workers", "flip", "recipe", "linear",
+    "workers", "flip", "recipe", "linear", "weights",
 )  # fmt: skip
 SPARE = 0.05  # of a time budget is left unused
 EVAL_SHARE = 0.08  # of a run may go into validation, before it is done less often
+STRONG_TURN = 20.0  # degrees, from which the augmentation is called strong
 SIZE_UNKNOWN = 224  # input of a model whose name holds no size
 
 
@@ -43,6 +45,8 @@ class Sides(Protocol):
 def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The overrides without those that are None. Raises UsageError for unknown or bad ones."""
     given = {key: value for key, value in overrides.items() if value is not None}
+    if "weights" in given:
+        given["weights"] = str(given["weights"])
     known = {*TYPED, *(f.name for f in fields(Recipe))}
     for key in given:
         if key not in known:
@@ -73,24 +77,23 @@ def plan(
     """
     given = check_overrides(overrides or {})
     source = load_recipe(given.get("recipe", "small"))
+    _check_refused(source, given)
     reasons: list[str] = []
-    shape = _shape(source, survey, n_train, machine, given, reasons)
+    if "weights" in given:
+        shape = _shape_of_run(given, reasons)
+    else:
+        shape = _shape(source, survey, n_train, machine, given, reasons)
     work = _work(source, n_train, machine, given, reasons)
-    augment = {**source.AUGMENT, "flip": given.get("flip", True)}
+    augment = {"flip": given.get("flip", True), **source.AUGMENT}
     recipe = Recipe(
         name=given.get("recipe", "small"),
-        **shape,
+        **{"mean": source.MEAN, "std": source.STD, **shape},
         **work,
-        mean=source.MEAN,
-        std=source.STD,
-        min_lr=work["lr"] * source.RATE_LAST,
-        weight_decay=source.WEIGHT_DECAY,
-        betas=source.BETAS,
+        weights=given.get("weights"),
+        **_constants(source),
+        min_lr=source.last_rate(work["lr"]),
         warmup=0,
-        ema=source.EMA_HALF_LIFE,
-        smoothing=source.SMOOTHING,
         drop_path=0.0,
-        clip=source.CLIP,
         augment=AugmentConfig(**augment),
         device=machine.device,
         precision=given.get("precision", "bf16" if machine.bf16 else "fp32"),
@@ -101,8 +104,56 @@ def plan(
         linear=given.get("linear", "auto"),
         time_budget=given.get("time"),
     )
+    reasons.extend(source.REASONS)
     recipe = with_steps(recipe, recipe.steps, given)
     return recipe, reasons
+
+
+def _constants(source: Any) -> dict[str, Any]:
+    """Settings that neither data nor machine nor length change."""
+    return {
+        "weight_decay": source.WEIGHT_DECAY,
+        "betas": source.BETAS,
+        "schedule": source.SCHEDULE,
+        "decay": source.DECAY,
+        "repeats": source.REPEATS,
+        "ema": source.EMA_HALF_LIFE,
+        "smoothing": source.SMOOTHING,
+        "clip": source.CLIP,
+        "penalties": source.PENALTIES,
+    }
+
+
+def _check_refused(source: Any, given: Mapping[str, Any]) -> None:
+    """Raises UsageError for a setting that has no meaning in a recipe."""
+    name = given.get("recipe", "small")
+    unset = (None, False)  # `flip` is turned off for digits, which refuses nothing
+    refused = [key for key in source.REFUSES if given.get(key) not in unset]
+    if refused:
+        other = ", or add --recipe probe" if refused == ["weights"] else ""
+        raise UsageError(
+            f"--{refused[0]} with the recipe {name}",
+            f"{name} takes no {', '.join(source.REFUSES)}",
+            f"leave --{refused[0]} away{other}",
+        )
+
+
+def _shape_of_run(given: Mapping[str, Any], reasons: list[str]) -> dict[str, Any]:
+    """What the run that gives the weights has: model and its arguments, sizes, normalisation."""
+    typed = [key for key in ("model", "model_args", "size", "fit") if key in given]
+    if typed:
+        raise UsageError(
+            f"both --weights and --{typed[0]}",
+            "the model, size and fit of the run that gives the weights",
+            f"leave --{typed[0]} away",
+        )
+    config = read_config(model_folder(given["weights"]))
+    fixed = ("num_classes", "img_size")
+    arguments = {k: v for k, v in config["model_args"].items() if k not in fixed}
+    reasons.append(f"{config['architecture']} with the weights of {given['weights']}, as asked.")
+    preprocess = Preprocess.from_dict(config["preprocessing"])
+    shape = {f.name: getattr(preprocess, f.name) for f in fields(preprocess)}
+    return {"model": config["architecture"], "model_args": arguments, **shape}
 
 
 def with_steps(recipe: Recipe, steps: int, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -171,13 +222,16 @@ def _work(
     per_epoch = max(1, n_train // batch)
     epochs = given.get("epochs", source.epochs(per_epoch, gpu))
     lr = float(given.get("lr", source.peak_rate(batch)))
+    steps = max(1, round(epochs * per_epoch))
+    work = {"batch": batch, "steps_per_epoch": per_epoch, "steps": steps, "lr": lr}
+    if source.PENALTIES:
+        return work
     why = "as asked" if "batch" in given else f"{per_epoch:,} steps an epoch"
     reasons.append(f"Batches of {batch} ({why}), AdamW with a peak rate of {lr:.2g}.")
     if "time" not in given:
         asked = "as asked" if "epochs" in given else "enough for a set of this size"
         reasons.append(f"{epochs:g} epoch{'' if epochs == 1 else 's'}, {asked}.")
-    steps = max(1, round(epochs * per_epoch))
-    return {"batch": batch, "steps_per_epoch": per_epoch, "steps": steps, "lr": lr}
+    return work
 
 
 def describe_augment(recipe: Recipe) -> str:
@@ -185,7 +239,8 @@ def describe_augment(recipe: Recipe) -> str:
     flip = "mirrored and " if recipe.augment.flip else ""
     tail = "" if recipe.augment.flip else ", not mirrored"
     mixed = f", mixed by {' and '.join(recipe.mix)}" if recipe.mix else ""
-    done = "cropped, turned and tinted a little" if recipe.augment.ops else "cropped a little"
+    done = "cropped, turned and tinted" if recipe.augment.ops else "cropped"
+    done += " a little" if recipe.augment.rotate < STRONG_TURN else " strongly"
     return f"Training pictures are {flip}{done}{tail}{mixed}."
 
 

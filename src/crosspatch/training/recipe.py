@@ -13,7 +13,8 @@ from crosspatch.errors import UsageError, near
 from crosspatch.layers.linear import MODES
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-MIXERS = ("mixup", "cutmix")
+MIXERS = ("mixup", "cutmix", "mixup-batch", "cutmix-batch")
+SCHEDULES = ("cosine", "epochs")
 Pair = tuple[float, float]
 
 
@@ -23,13 +24,18 @@ class Recipe:
 
     model, model_args: entry point and its further arguments; size, store: height and width that the
     model takes and that pictures are kept in; batch: pictures per step; steps: of the whole run;
-    steps_per_epoch; lr: peak rate; min_lr: last rate; warmup: steps of warm-up; ema: half-life of
-    the weight average as a fraction of the run (0 = off); clip: largest gradient norm (0 = off);
-    mix: names out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha: of each Beta
-    distribution; eval_every: epochs between validations; time_budget: seconds asked for, or None;
-    threads: CPU threads (numbers differ between thread counts); linear: whether large products go
-    through oneDNN (`layers.linear`), "on" or "off" once a run has begun; workers: loader processes,
-    used when the pictures do not fit into memory.
+    steps_per_epoch; lr: peak rate; min_lr: last rate; warmup: steps of warm-up;
+    schedule: how the rate runs between them, "cosine" step by step, "epochs" constant within each
+    (`optim.rate`, `optim.epoch_rate`); decay: last parts of names of parameters that are decayed
+    although the model says otherwise; repeats: how often in a row an epoch has each picture; ema:
+    half-life of the weight average as a fraction of the run (0 = off); clip: largest gradient norm
+    (0 = off); weights: run folder whose model is taken instead of a fresh one, with another head;
+    penalties: those that a linear probe tries, empty where the whole network is trained; mix: names
+    out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha: of each Beta distribution;
+    eval_every: epochs between validations; time_budget: seconds asked for, or None; threads: CPU
+    threads (numbers differ between thread counts); linear: whether large products go through oneDNN
+    (`layers.linear`), "on" or "off" once a run has begun; workers: loader processes, used when the
+    pictures do not fit into memory.
     """
 
     name: str
@@ -48,10 +54,15 @@ class Recipe:
     weight_decay: float
     betas: Pair
     warmup: int
+    schedule: str = "cosine"
+    decay: tuple[str, ...] = ()
+    repeats: int = 1
     ema: float
     smoothing: float
     drop_path: float
     clip: float
+    weights: str | None = None
+    penalties: tuple[float, ...] = ()
     mix: tuple[str, ...] = ()
     mix_prob: tuple[float, ...] = ()
     mix_alpha: tuple[float, ...] = ()
@@ -69,7 +80,8 @@ class Recipe:
     time_budget: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps", "steps_per_epoch", "threads", "eval_every", "eval_batch"):
+        counts = ("batch", "steps", "steps_per_epoch", "repeats", "threads", "eval_every")
+        for name in (*counts, "eval_batch"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(min(*self.size, *self.store) >= 1, "size", self.size, "at least 1 pixel a side")
         _check(0 < self.lr < 10, "lr", self.lr, "between 0 and 10")
@@ -82,6 +94,8 @@ class Recipe:
         _check(self.fit in FITS, "fit", self.fit, f"one of {', '.join(FITS)}")
         _check(self.linear in MODES, "linear", self.linear, f"one of {', '.join(MODES)}")
         _check(self.precision in PRECISIONS, "precision", self.precision, "one of fp32, bf16, fp16")
+        schedules = f"one of {', '.join(SCHEDULES)}"
+        _check(self.schedule in SCHEDULES, "schedule", self.schedule, schedules)
         halved = self.precision == "fp16" and self.device == "cpu"
         _check(not halved, "precision", "fp16 on a CPU", "fp32 or bf16 there")
         unknown = sorted(set(self.mix) - set(MIXERS))

@@ -41,6 +41,7 @@ from crosspatch.training.loop import Outcome, Reporter, Silent, fit
 from crosspatch.training.measure import measure_evaluation, measure_step
 from crosspatch.training.objective import make_objective
 from crosspatch.training.package import load_model, save_temperature
+from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.run import RunFolder
 
@@ -108,7 +109,8 @@ def train_run(
         _announce(run, recipe, pictures, config, objective, reporter)
         facts = {"fingerprint": pictures.fingerprint, "versions": config["versions"]}
         train, val = pictures.part("train"), pictures.validation
-        outcome = fit(recipe, objective, train, val, run, reporter, resume=resume, facts=facts)
+        train_it = fit_probe if recipe.penalties else fit
+        outcome = train_it(recipe, objective, train, val, run, reporter, resume=resume, facts=facts)
         summary = _finish(run, recipe, pictures, config, outcome, reporter)
     reporter.done(summary)
     return summary
@@ -131,13 +133,16 @@ def _begin(
     prepared = _prepare(source, first, reporter)
     split = make_split(source, keep=prepared.kept, seed=seed)
     pictures = _Pictures(source, prepared, split, source.fingerprint())
+    if first.weights:
+        _refuse_seen(RunFolder(first.weights), pictures)
     recipe, reasons = plans.plan(look, len(split.train), len(source.classes), machine, given)
     shape = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     recipe = replace(recipe, **shape, workers=workers)
     recipe = _resolve_products(recipe)
     recipe, estimate = _measure(recipe, pictures, given, reasons, began)
-    reasons.append(plans.describe_augment(recipe))
+    if not recipe.penalties:
+        reasons.append(plans.describe_augment(recipe))
     config = {
         "run": {
             "data": str(spec),
@@ -190,6 +195,23 @@ def _continue(
     return recipe, pictures, {**config, "versions": now}
 
 
+def _refuse_seen(run: RunFolder, pictures: _Pictures) -> None:
+    """Raises UsageError where `run`, which gives the weights, was trained on pictures that would
+    validate or test them here."""
+    config = run.read_config() if run.config_path.is_file() else {}
+    if config.get("run", {}).get("fingerprint") != pictures.fingerprint:
+        return
+    theirs = read_split(run.path / "split.csv", pictures.source)
+    judging = np.concatenate([pictures.split.val, pictures.split.test])
+    seen = int(np.isin(judging, theirs.train).sum())
+    if seen:
+        raise UsageError(
+            f"{run.path} was trained on {seen:,} of the pictures that would judge it here",
+            "the split of that run, for the same pictures",
+            f"add --seed {config['recipe']['seed']}",
+        )
+
+
 def _prepare(source: Source, recipe: Recipe, reporter: Reporter) -> Prepared:
     _, memory = plan_memory(len(source), recipe.preprocess)
     reporter.message(f"reading: {memory}")
@@ -212,6 +234,10 @@ def _measure(
     began: float,
 ) -> tuple[Recipe, float]:
     """(the recipe with its threads and its final length, estimated seconds of the training)."""
+    if recipe.penalties:
+        objective = make_objective(recipe, pictures.source.classes)
+        seen, val = pictures.prepared.images, pictures.validation
+        return recipe, measure_evaluation(recipe, objective, val) * len(seen) / len(val)
     measuring = time.perf_counter()
     recipe, per_step = _choose_threads(recipe, pictures, given, reasons)
     compiling = time.perf_counter() - measuring if recipe.compile else 0.0  # and once more in `fit`
@@ -292,6 +318,7 @@ def _announce(
             "fit": recipe.fit,
             **_weight(objective.exported, recipe),
             "epochs": recipe.epochs,
+            "penalties": len(recipe.penalties),
             "steps": recipe.steps,
             "batch": recipe.batch,
             "lr": recipe.lr,

@@ -22,7 +22,15 @@ from crosspatch.data.loading import Batch
 from crosspatch.errors import UsageError
 from crosspatch.layers import linear
 from crosspatch.objectives import Inputs, Objective
-from crosspatch.training.optim import FOREACH, Ema, ema_decay, make_optimiser, rate, set_rate
+from crosspatch.training.optim import (
+    FOREACH,
+    Ema,
+    ema_decay,
+    epoch_rate,
+    make_optimiser,
+    rate,
+    set_rate,
+)
 from crosspatch.training.recipe import Recipe
 
 FABRIC_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -85,9 +93,12 @@ class Stepper:
             self.ema = Ema(objective.averaged, steps=recipe.steps, half_life=recipe.ema)
         if recipe.compile:
             objective.exported.compile()
+        free = {
+            name for name in objective.no_decay() if name.rpartition(".")[2] not in recipe.decay
+        }
         self.optimiser = make_optimiser(
             objective,
-            objective.no_decay(),
+            free,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             betas=recipe.betas,
@@ -104,7 +115,10 @@ class Stepper:
 
     def lr(self, step: int) -> float:
         """The rate of a step, from 0."""
-        r = self.recipe
+        r, per = self.recipe, self.recipe.steps_per_epoch
+        if r.schedule == "epochs":
+            length = {"epochs": r.steps / per, "warmup": r.warmup / per}
+            return epoch_rate(step // per, **length, peak=r.lr, floor=r.min_lr)
         return rate(step, steps=r.steps, warmup=r.warmup, peak=r.lr, floor=r.min_lr)
 
     def step(self, batch: Batch, epoch: int, step: int) -> None:

@@ -8,7 +8,11 @@ from types import ModuleType
 
 from crosspatch.errors import UsageError, near
 
-RECIPES = {"small": "crosspatch.training.recipes.small"}
+RECIPES = {
+    "small": "crosspatch.training.recipes.small",
+    "deit": "crosspatch.training.recipes.deit",
+    "probe": "crosspatch.training.recipes.probe",
+}
 
 
 def load_recipe(name: str) -> ModuleType:

@@ -47,6 +47,7 @@ EPOCHS_MOST = 400  # with --time: a longer run seldom helps
 RATE, RATE_BATCH = 1.4e-3, 128  # peak rate at this batch; other batches by the square root
 RATE_LARGEST = 4e-3
 RATE_LAST = 0.01  # of the peak
+SCHEDULE = "cosine"
 WEIGHT_DECAY = 0.05
 BETAS = (0.9, 0.99)
 WARMUP = 0.08  # of the steps
@@ -54,6 +55,11 @@ WARMUP_MOST = 5  # epochs
 EMA_HALF_LIFE = 0.02  # of the run
 SMOOTHING = 0.1
 CLIP = 1.0
+REPEATS = 1
+DECAY: tuple[str, ...] = ()  # names that are decayed, although the model says otherwise
+REFUSES = ("weights",)  # settings that have no meaning here
+PENALTIES: tuple[float, ...] = ()  # of a probe
+REASONS: tuple[str, ...] = ()
 
 # Regularisation grows with the epochs: (epochs up to, stochastic depth, augmentation, mixing).
 # Five epochs of CIFAR-10: with one operation and the full crops 60.8 % on test, mild 63.3 %.
@@ -113,6 +119,11 @@ def epochs(steps_per_epoch: int, gpu: bool) -> int:
 def peak_rate(batch: int) -> float:
     """Peak rate for a batch."""
     return min(RATE_LARGEST, RATE * (batch / RATE_BATCH) ** 0.5)
+
+
+def last_rate(peak: float) -> float:
+    """The rate at the end of a run."""
+    return peak * RATE_LAST
 
 
 def by_length(epochs: float, side: int) -> dict[str, Any]:
