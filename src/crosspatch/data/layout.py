@@ -207,7 +207,7 @@ def _require_classes(counts: Counter[str], told: str, least: int, place: str) ->
         raise DataError(
             f"{told} holds {'one class' if counts else f'no {place}'}{names}",
             "A classifier needs at least two classes, each with pictures of its own",
-            f"Give data with more than one {place}",
+            "Give the folder that holds the class folders, or a table of more classes",
         )
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""

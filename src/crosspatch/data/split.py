@@ -29,7 +29,7 @@ from crosspatch.data.layout import SPLITS
 from crosspatch.data.sources import Item, Source
 from crosspatch.errors import DataError, near
 
-__all__ = ["SPLITS", "Split", "make_split", "read_split", "write_split"]
+__all__ = ["SPLITS", "Split", "gaps", "make_split", "read_split", "write_split"]
 
 _STREAM = 0x73706C69  # keeps these draws apart from all others of the same seed
 
@@ -75,6 +75,18 @@ def make_split(
         parts = {"train": carved["rest"], "val": carved["val"], "test": carved["test"]}
     _require_every_class(source, parts["train"])
     return Split(**{name: np.sort(parts[name]) for name in SPLITS})
+
+
+def gaps(source: Source, split: Split) -> list[str]:
+    """A sentence for val and test each, where groups left a class without a picture in it."""
+    said = []
+    for name in ("val", "test"):
+        there = set(source.labels[getattr(split, name)].tolist())
+        lost = [one for label, one in enumerate(source.classes) if label not in there]
+        if lost and any(item.group is not None for item in source.items):
+            more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+            said.append(f"{name} got no picture of {', '.join(lost[:5])}{more}: too few groups.")
+    return said
 
 
 def write_split(path: str | Path, source: Source, split: Split) -> None:

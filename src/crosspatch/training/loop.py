@@ -176,7 +176,13 @@ class _Fit:
         end = min(r.steps, (epoch + 1) * r.steps_per_epoch)
         self.clock.restart()
         for batch in train_batches(
-            self.train, r.batch, epoch=epoch, seed=r.seed, start_batch=start, workers=r.workers
+            self.train,
+            r.batch,
+            epoch=epoch,
+            seed=r.seed,
+            start_batch=start,
+            workers=r.workers,
+            balanced=r.balance == "sampler",
         ):
             self.stepper.step(batch, epoch, self.step)
             self.step += 1

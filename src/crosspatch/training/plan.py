@@ -2,8 +2,8 @@
 """The plan: from data and machine to a recipe, with the reasons in plain sentences.
 
 `overrides` are what the user typed: model, size, fit, batch, epochs, time (seconds), lr, seed,
-precision, compile, workers, flip, recipe, linear; and, for experiments, any other field of `Recipe`
-("augment" then being a dict of `AugmentConfig` fields). They always win.
+precision, compile, workers, flip, recipe, linear, balance; and, for experiments, any other field of
+`Recipe` ("augment" then being a dict of `AugmentConfig` fields). They always win.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crosspatch.training.recipes import load_recipe
 
 TYPED = (
     "model", "size", "fit", "batch", "epochs", "time", "lr", "seed", "precision", "compile",
-    "workers", "flip", "recipe", "linear",
+    "workers", "flip", "recipe", "linear", "balance",
 )  # fmt: skip
 SPARE = 0.05  # of a time budget is left unused
 EVAL_SHARE = 0.08  # of a run may go into validation, before it is done less often
@@ -99,6 +99,7 @@ def plan(
         workers=given.get("workers", 0),
         threads=machine.cores,
         linear=given.get("linear", "auto"),
+        balance=given.get("balance", "auto"),
         time_budget=given.get("time"),
     )
     recipe = with_steps(recipe, recipe.steps, given)
