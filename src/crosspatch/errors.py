@@ -43,6 +43,10 @@ class Interrupted(CrosspatchError):
 
 
 def near(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names most like `name`, as text for an error, or an empty string."""
-    hits = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
-    return ", ".join(hits)
+    """The known names most like `name` (upper and lower case are alike), as text for an error, or
+    an empty string."""
+    folded: dict[str, list[str]] = {}
+    for one in known:
+        folded.setdefault(one.casefold(), []).append(one)
+    hits = difflib.get_close_matches(name.casefold(), folded, n=count, cutoff=0.4)
+    return ", ".join([one for hit in hits for one in folded[hit]][:count])

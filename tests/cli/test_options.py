@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crosspatch.cli import words
-from crosspatch.cli.options import positive, seconds, side
-from crosspatch.cli.train import Budget, Choices, _typed, default_out
+from crosspatch.cli.options import positive, seconds, side, typed
+from crosspatch.cli.train import Budget, Choices, default_out
 from crosspatch.errors import UsageError
 
 
@@ -89,11 +89,11 @@ def test_words() -> None:
 
 
 def test_only_what_was_typed_overrides_the_plan() -> None:
-    assert _typed(Choices()) == {}
-    assert _typed(Choices(workers=0, seed=0, compile=True)) == {
+    assert typed(Choices()) == {}
+    assert typed(Choices(workers=0, seed=0, compile=True)) == {
         "workers": 0, "seed": 0, "compile": True,
     }  # fmt: skip
-    assert _typed(Budget(time=60.0)) == {"time": 60.0}
+    assert typed(Budget(time=60.0)) == {"time": 60.0}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,7 @@ def test_only_what_was_typed_overrides_the_plan() -> None:
         ("../my photos/", "my-photos-1"),
         ("x/leaves.tar.gz", "leaves-1"),
         ("leaves.v2.ZIP", "leaves.v2-1"),
+        ("leaves.v2.CSV", "leaves.v2-1"),
         ("...", "run-1"),
     ],
 )

@@ -175,7 +175,18 @@ def test_names_that_are_no_text_are_listed(folder):
 
 def test_names_differing_only_in_case_are_two_classes(folder):
     (folder / "rings").rename(folder / "Discs")
-    assert open_source(folder).classes == ("Discs", "discs", "stripes")
+    source = open_source(folder)
+    assert source.classes == ("Discs", "discs", "stripes")
+    assert source.remarks == (
+        "Discs (3) and discs (3) differ only in case: they are separate classes.",
+    )
+
+
+def test_a_val_class_in_capitals_is_named_with_its_neighbour(tmp_path):
+    folder = splits(tmp_path, "train", "val")
+    (folder / "val/rings").rename(folder / "val/RINGS")
+    (folder / "val/discs").rename(folder / "val/disc")
+    told(folder, DataError, "['RINGS', 'disc']", "RINGS: rings, ", "disc: discs")
 
 
 def test_a_file_that_vanishes_is_told(folder):
@@ -220,10 +231,8 @@ def test_a_missing_path_names_its_neighbours(folder):
     told(folder.parent / "no/such/place", UsageError, "does not exist", "digits")
 
 
-def test_tables_and_single_files_are_no_data(tmp_path):
-    (tmp_path / "a.csv").write_text("path,class\n")
+def test_single_files_are_no_data(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"x")
-    told(tmp_path / "a.csv", UsageError, "table")
     told(tmp_path / "a.jpg", UsageError, "single file")
 
 
@@ -269,8 +278,9 @@ def test_a_class_that_train_lacks_is_named_with_its_neighbour(tmp_path):
 def test_val_may_lack_a_class(tmp_path):
     folder = splits(tmp_path, "train", "val")
     shutil.rmtree(folder / "val/rings")
-    labels = {item.label for item in open_source(folder).items if item.split == "val"}
-    assert labels == {0, 2}
+    source = open_source(folder)
+    assert {item.label for item in source.items if item.split == "val"} == {0, 2}
+    assert source.remarks == ("val holds no picture of rings.",)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
-from crosspatch.cli.options import DATA, Output, at_least
+from crosspatch.cli.options import DATA, Columns, Output, at_least, typed
 from crosspatch.cli.predict import ENGINE, MODEL, Engine, check_target, existing_model, write_table
 from crosspatch.errors import DataError, UsageError, near
 
@@ -34,6 +34,7 @@ def evaluate(
     topk: Annotated[int, at_least(1, "--topk 5")] = 5,
     engine: Annotated[Engine, Parameter(help=ENGINE)] = "auto",
     csv: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    columns: Columns | None = None,
     output: Output | None = None,
 ) -> int:
     """Measure a trained run, or a bundle of one, on labelled pictures.
@@ -51,7 +52,8 @@ def evaluate(
     existing_model(run)
     check_target(csv)
     with Screen(stderr=output.json) as screen:
-        found = _measure(screen, run, data, split, topk, engine)
+        reading = typed(columns or Columns())
+        found = _measure(screen, run, data, split, topk, engine, reading)
         if csv is not None:
             write_table(csv, found.rows)
         if not output.json:
@@ -75,14 +77,23 @@ class _Found(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
-def _measure(screen: Any, run: Path, data: str, split: str, topk: int, engine: Engine) -> _Found:
+def _measure(
+    screen: Any,
+    run: Path,
+    data: str,
+    split: str,
+    topk: int,
+    engine: Engine,
+    reading: dict[str, str],
+) -> _Found:
     from crosspatch.data.sources import open_source
     from crosspatch.deploy.loading import MANY, load
     from crosspatch.metrics.classification import topk as share_in_topk
     from crosspatch.tasks.classify import Classify
 
     predictor = load(run, engine=engine, batch=MANY)
-    source = open_source(data, least_classes=1)
+    reading = reading or _reading_of_run(_folder(run), data)
+    source = open_source(data, least_classes=1, **{**reading, "group": "none"})
     labels = match_classes(source, predictor.classes)
     chosen, name, why = choose(_folder(run), source, split)
     answers = predictor.predict(
@@ -105,6 +116,17 @@ def _measure(screen: Any, run: Path, data: str, split: str, topk: int, engine: E
     skipped = [(one.path, one.reason) for one in source.skipped]
     skipped += [(keys[one.index], one.reason) for one in answers.failures]
     return _Found(name, why, predictor.engine.setting._asdict(), metrics, rows, skipped)
+
+
+def _reading_of_run(folder: Path, data: str) -> dict[str, str]:
+    """How the run read its own data, when these are meant: columns need not be told again."""
+    from crosspatch.training.run import RunFolder
+
+    run = RunFolder(folder)
+    config = run.read_config() if run.config_path.is_file() else {}
+    if config.get("run", {}).get("data") != data:
+        return {}
+    return config.get("reading", {})
 
 
 def _folder(run: Path) -> Path:

@@ -6,19 +6,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter, Token
 
 from crosspatch.errors import UsageError, near
 
 OUTPUT = Group("Output", sort_key=90)
+TABLE = Group("Where DATA is a table", sort_key=40)
 
 DATA = (
     "A folder with one folder per class, or with train/ val/ test/ of such, or a .zip or .tar of "
-    "either, or the word digits (small scans that come along)."
+    "either, or a table (.csv, .jsonl, .parquet) of paths and labels, or the word digits (small "
+    "scans that come along)."
 )
 
 
@@ -32,6 +34,31 @@ class Output:
 
     debug: bool = False
     """Show the traceback of an error."""
+
+
+@Parameter(name="*", group=TABLE)
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Names of a table's columns, where their own do not tell."""
+
+    path_column: Annotated[str | None, Parameter(metavar="NAME", show_default="path, file, …")] = (
+        None
+    )
+    """The column of paths, relative to the table."""
+
+    label_column: Annotated[
+        str | None, Parameter(metavar="NAME", show_default="label, class, …")
+    ] = None
+    """The column of classes, one to a picture."""
+
+    split_column: Annotated[str | None, Parameter(metavar="NAME", show_default="split, …")] = None
+    """The column of splits (train, val, test), or the word none."""
+
+
+def typed(options: Any) -> dict[str, Any]:
+    """The options of a group that were given: those left alone are not the user's."""
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}

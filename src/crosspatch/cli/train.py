@@ -4,16 +4,26 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
 from crosspatch.cli import words
-from crosspatch.cli.options import DATA, Output, at_least, positive, seconds, side
+from crosspatch.cli.options import (
+    DATA,
+    Columns,
+    Output,
+    at_least,
+    positive,
+    seconds,
+    side,
+    typed,
+)
 from crosspatch.errors import Interrupted, UsageError
 
+_ENDINGS = r"\.(zip|tar|tgz|txz|tbz2?|tar\.\w+|csv|tsv|jsonl?|parquet)$"
 _FOLDER = Group("The run folder", sort_key=10)
 _BUDGET = Group("How long", sort_key=20)
 _CHOICES = Group("Choices it makes for you", sort_key=30)
@@ -83,6 +93,11 @@ class Choices:
     linear: Literal["auto", "on", "off"] | None = None
     """Matrix products through oneDNN (auto: where that is faster here; noted in the run)."""
 
+    balance: Annotated[
+        Literal["none", "weights", "sampler", "auto"] | None, Parameter(show_default="auto")
+    ] = None
+    """What is done about uneven classes (auto: nothing until one has 10 times another's)."""
+
     compile: Annotated[bool | None, Parameter(negative=())] = None
     """Use torch.compile: slow to start, faster after."""
 
@@ -100,9 +115,17 @@ def train(
     folder: Folder | None = None,
     budget: Budget | None = None,
     choices: Choices | None = None,
+    columns: Columns | None = None,
+    group: Annotated[str | None, Parameter(group=_CHOICES, metavar="folder|PATTERN|COLUMN")] = None,
     output: Output | None = None,
 ) -> int:
-    """Train a classifier on a folder of pictures."""
+    """Train a classifier on a folder of pictures.
+
+    Parameters
+    ----------
+    group
+        Pictures that stay in one split: by folder, a regular expression on paths, or a column.
+    """
     folder, output = folder or Folder(), output or Output()
     if folder.resume and folder.overwrite:
         raise UsageError(
@@ -111,7 +134,8 @@ def train(
             "leave one of them out",
         )
     out = folder.out or default_out(data, folder.resume)
-    overrides = _typed(budget or Budget()) | _typed(choices or Choices())
+    overrides = typed(budget or Budget()) | typed(choices or Choices())
+    reading = typed(columns or Columns()) | ({} if group is None else {"group": group})
 
     from crosspatch.cli.screen import Screen, print_json
 
@@ -123,7 +147,9 @@ def train(
         if model and not list_models(model.split(".")[0]):
             create_model(model)  # refuses the name, before any picture is read
         try:
-            summary = train_run(data, out, overrides, screen, folder.resume, folder.overwrite)
+            summary = train_run(
+                data, out, overrides, screen, folder.resume, folder.overwrite, reading
+            )
         except Interrupted as stop:
             do = words.command("crosspatch", "train", data, "--out", out, "--resume")
             raise Interrupted(stop.got, stop.expected, do) from stop
@@ -132,17 +158,11 @@ def train(
     return 0
 
 
-def _typed(options: Budget | Choices) -> dict:
-    """What was asked for: options left alone are the plan's to choose."""
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def default_out(data: str, resume: bool, base: Path = Path("runs")) -> Path:
     """`runs/DATA-N` with the next N, or with `resume` the newest; raises UsageError without any."""
     path = Path(data)
     name = path.name or path.resolve().name
-    name = re.sub(r"\.(zip|tar|tgz|txz|tbz2?|tar\.\w+)$", "", name, flags=re.IGNORECASE) or "run"
+    name = re.sub(_ENDINGS, "", name, flags=re.IGNORECASE) or "run"
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     taken = {}
     for found in base.iterdir() if base.is_dir() else ():

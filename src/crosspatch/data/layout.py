@@ -29,7 +29,8 @@ _MEANT = {
     "val": "val valid validate validation dev eval valset val_set",
     "test": "test testing tests testset test_set",
 }
-_MEANING = {alias: split for split, aliases in _MEANT.items() for alias in aliases.split()}
+MEANING = {alias: split for split, aliases in _MEANT.items() for alias in aliases.split()}
+"""What people call a split -> what it is called here."""
 
 
 class Placed(NamedTuple):
@@ -39,15 +40,18 @@ class Placed(NamedTuple):
     key: str
     label: int
     split: str | None
+    group: str | None = None
 
 
 @dataclass
 class Layout:
-    """The meaning of a tree: classes, pictures in the order of their keys, what was left out."""
+    """The meaning of a tree: classes, pictures in the order of their keys, what was left out, and
+    what is worth a second look, in sentences."""
 
     classes: tuple[str, ...]
     files: list[Placed] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def lay_out(tree: Tree, told: str, least_classes: int = 2, *, look_through: bool = False) -> Layout:
@@ -65,9 +69,13 @@ def lay_out(tree: Tree, told: str, least_classes: int = 2, *, look_through: bool
     folders = {folder.removeprefix(top) for folder in tree.folders if folder.startswith(top)}
     splits = _split_folders(keys, folders, told)
     depth = 1 if splits else 0
-    classes = _classes(keys, folders, splits, told, least_classes)
+    found = {
+        split: _class_counts(keys, folders, f"{split}/" if split else "")
+        for split in (splits or {""})
+    }
+    classes = check_classes(found, told, least_classes)
     label = {name: number for number, name in enumerate(classes)}
-    layout = Layout(classes, skipped=skipped)
+    layout = Layout(classes, skipped=skipped, remarks=class_remarks(found))
     for key in sorted(keys):
         parts = key.split("/")
         if len(parts) < depth + 2:
@@ -96,7 +104,7 @@ def _single_top(tree: Tree) -> str:
         return ""
     (top,) = tops
     has_folders = any(folder.startswith(f"{top}/") for folder in tree.folders)
-    return f"{top}/" if has_folders and top.lower() not in _MEANING else ""
+    return f"{top}/" if has_folders and top.lower() not in MEANING else ""
 
 
 def _split_folders(keys: dict[str, str], folders: set[str], told: str) -> set[str]:
@@ -107,14 +115,14 @@ def _split_folders(keys: dict[str, str], folders: set[str], told: str) -> set[st
     """
     with_pictures = {key.split("/")[0] for key in keys if key.count("/") == 1}
     with_folders = {folder.split("/")[0] for folder in folders if "/" in folder}
-    meant = {name for name in with_folders - with_pictures if name.lower() in _MEANING}
+    meant = {name for name in with_folders - with_pictures if name.lower() in MEANING}
     if not meant:
         return set()
     for name in sorted(meant - set(SPLITS)):
         raise DataError(
             f"{told} holds a folder called {name!r}",
             f"Splits are called {', '.join(SPLITS)}",
-            f"Rename {name} to {_MEANING[name.lower()]}",
+            f"Rename {name} to {MEANING[name.lower()]}",
         )
     if "train" not in meant:
         raise DataError(
@@ -133,24 +141,44 @@ def _split_folders(keys: dict[str, str], folders: set[str], told: str) -> set[st
     return meant
 
 
-def _classes(
-    keys: dict[str, str], folders: set[str], splits: set[str], told: str, least_classes: int
+def check_classes(
+    found: dict[str, Counter[str]], told: str, least: int, place: str = "class folder"
 ) -> tuple[str, ...]:
-    found = {
-        split: _class_counts(keys, folders, f"{split}/" if split else "")
-        for split in (splits or {""})
-    }
-    counts = found["train" if splits else ""]
-    _require_classes(counts, told, least_classes)
-    for split in sorted(splits - {"train"}):
+    """The classes, sorted: those of `train`, or of "" where there are no splits.
+
+    found: split -> pictures per class; place: what holds a class in this data. Raises DataError for
+    an empty class, for too few, and for one of val or test that train lacks.
+    """
+    counts = found["train" if "train" in found else ""]
+    _require_classes(counts, told, least, place)
+    for split in sorted(found.keys() - {"train", ""}):
         unknown = sorted(name for name in found[split] if found[split][name] and name not in counts)
         if unknown:
+            names = f"class {unknown[0]!r}" if len(unknown) == 1 else f"classes {unknown[:5]}"
+            hints = [f"{name}: {near(name, counts) or 'none'}" for name in unknown[:5]]
             raise DataError(
-                f"{told}: {split} holds the class {unknown[0]!r}, which train lacks",
-                f"Classes of train near it: {near(unknown[0], counts) or 'none'}",
-                "Rename the folder, or add the class to train",
+                f"{told}: {split} holds the {names}, which train lacks",
+                f"Classes of train near {'; '.join(hints)}",
+                f"Rename the {place.split()[-1]}, or add it to train",
             )
     return tuple(sorted(counts))
+
+
+def class_remarks(found: dict[str, Counter[str]]) -> list[str]:
+    """Sentences on what may be a slip: a split that lacks classes, names that differ in case."""
+    remarks, counts = [], found["train" if "train" in found else ""]
+    for split in sorted(found.keys() - {"train", ""}):
+        lost = sorted(name for name in counts if not found[split][name])
+        if lost:
+            more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+            remarks.append(f"{split} holds no picture of {', '.join(lost[:5])}{more}.")
+    alike: dict[str, list[str]] = {}
+    for name in sorted(counts):
+        alike.setdefault(name.casefold(), []).append(f"{name} ({counts[name]:,})")
+    for names in alike.values():
+        if len(names) > 1:
+            remarks.append(f"{' and '.join(names)} differ only in case: they are separate classes.")
+    return remarks
 
 
 def _class_counts(keys: dict[str, str], folders: set[str], below: str) -> Counter[str]:
@@ -165,26 +193,26 @@ def _class_counts(keys: dict[str, str], folders: set[str], below: str) -> Counte
     return counts
 
 
-def _require_classes(counts: Counter[str], told: str, least: int) -> None:
+def _require_classes(counts: Counter[str], told: str, least: int, place: str) -> None:
     empty = sorted(name for name, count in counts.items() if count == 0)
     strange = sorted(name for name in counts if not name.isprintable())
     if strange:
         raise DataError(
             f"{told} holds a class called {strange[0]!r}",
             "A class name is one line of printable characters",
-            "Rename the folder",
+            f"Rename the {place.split()[-1]}",
         )
     if len(counts) < least:
         names = "".join(f" ({name})" for name in counts)
         raise DataError(
-            f"{told} holds {'one class' if counts else 'no class folder'}{names}",
-            "A classifier needs at least two classes, each a folder of pictures",
-            "Give the folder that holds the class folders",
+            f"{told} holds {'one class' if counts else f'no {place}'}{names}",
+            "A classifier needs at least two classes, each with pictures of its own",
+            "Give the folder that holds the class folders, or a table of more classes",
         )
     if empty:
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise DataError(
             f"{told} holds no picture of {', '.join(empty[:5])}{more}",
-            "Every class folder holds at least one picture",
-            "Add pictures, or remove the folder",
+            f"Every {place} holds at least one picture",
+            f"Add pictures, or remove the {place.split()[-1]}",
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches whose order depends on (n, seed, epoch) alone.
+"""Batches whose order depends on (n, seed, epoch) alone, and on the labels where it balances them.
 
 `batch_size` counts the pictures of all processes together; process `rank` of `world` takes every
 `world`-th position of each batch, so any number of processes sees the same batches. Starting in the
@@ -20,6 +20,7 @@ from crosspatch.data.prepare import ImageSet
 from crosspatch.errors import UsageError
 
 _STREAM = 0x6F726465  # keeps these draws apart from all others of the same seed
+_BALANCED = 0x62616C61
 
 
 class Batch(NamedTuple):
@@ -52,6 +53,36 @@ def repeated(order: torch.Tensor, repeats: int) -> torch.Tensor:
     return order[: -(-len(order) // repeats)].repeat_interleave(repeats)[: len(order)]
 
 
+def balanced_order(labels: torch.Tensor, epoch: int, seed: int) -> torch.Tensor:
+    """N positions (N,) int64 in which each of the K classes that are there has N / K places.
+
+    labels: (N,). Places that cannot be shared out evenly are lost by classes drawn anew in each
+    epoch, one each. A class goes through its pictures in shuffled rounds that run on from epoch to
+    epoch, so none comes twice before all others came once. A pure function of its arguments.
+    """
+    kinds, place = np.unique(labels.numpy(), return_inverse=True)
+    rng = np.random.default_rng([_BALANCED, seed, epoch])
+    each = -(-len(place) // max(1, len(kinds)))
+    short = set(rng.permutation(len(kinds))[: each * len(kinds) - len(place)].tolist())
+    chosen = [place[:0]]
+    for number, kind in enumerate(kinds.tolist()):
+        members = np.flatnonzero(place == number)
+        chosen.append(members[_rounds(len(members), epoch * each, each, seed, kind)])
+        if number in short:
+            chosen[-1] = chosen[-1][:-1]
+    return torch.from_numpy(rng.permutation(np.concatenate(chosen)))
+
+
+def _rounds(n: int, start: int, count: int, seed: int, kind: int) -> np.ndarray:
+    """Numbers `start` to `start + count` of an endless row of permutations of n."""
+    first, last = start // n, (start + count - 1) // n
+    rounds = [
+        np.random.default_rng([_BALANCED, seed, kind, number, 1]).permutation(n)
+        for number in range(first, last + 1)
+    ]
+    return np.concatenate(rounds)[start - first * n :][:count]
+
+
 def steps_per_epoch(n: int, batch_size: int, world: int = 1) -> int:
     """Training batches in one epoch: whole ones only, but at least one. Raises UsageError."""
     if batch_size < world or n < 1:
@@ -74,15 +105,21 @@ def train_batches(
     world: int = 1,
     workers: int = 0,
     repeats: int = 1,
+    balanced: bool = False,
 ) -> Iterator[Batch]:
-    """The shuffled batches of one epoch from number `start_batch` on.
+    """The shuffled batches of one epoch from number `start_batch` on; `balanced`: in an order that
+    has all classes equally often (`balanced_order`).
 
     `repeats`: how often in a row a picture comes (`repeated`). A tail that fills no batch is left
     out of the epoch (each epoch leaves out others); a set smaller than one batch is one batch.
     Raises UsageError as `steps_per_epoch` does.
     """
     steps = steps_per_epoch(len(images), batch_size, world)
-    order = repeated(epoch_order(len(images), epoch, seed), repeats)
+    if balanced:
+        order = balanced_order(images.labels, epoch, seed)
+    else:
+        order = epoch_order(len(images), epoch, seed)
+    order = repeated(order, repeats)
     spans = [(at * batch_size, (at + 1) * batch_size) for at in range(start_batch, steps)]
     return _load(_Batches(images, order, spans, rank, world), workers)
 

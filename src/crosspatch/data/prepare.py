@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode every picture once before training: the unreadable are found, the rest is held in memory.
+"""Decode every picture once before training: the unreadable and exact copies are found, the rest is
+held in memory.
 
 The pictures of a set that fits lie in one shared uint8 buffer, filled by forked workers; from then
 on a batch is one gather. The buffer is anonymous shared memory, so the small /dev/shm of containers
@@ -8,6 +9,7 @@ is no limit. A set that does not fit is decoded again in every epoch.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import multiprocessing
@@ -24,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from crosspatch.data.copies import copy_remarks, leaks, same_bytes
 from crosspatch.data.decode import UnreadableImage
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.skipped import Skipped, write_skipped
@@ -36,6 +39,8 @@ _CHUNK = 64
 _FEW = 128  # below this many pictures, starting processes costs more than it saves
 
 Progress = Callable[[int, int], None]
+Result = tuple[range, list[tuple[int, str]], dict[int, bytes]]
+"""Of a chunk: its items, those that cannot be read and why, digests of those that may be copies."""
 
 
 class ImageSet:
@@ -116,12 +121,15 @@ class Survey:
 @dataclass(frozen=True)
 class Prepared:
     """`images`: the readable items, in order; `kept`: their item indices (int64); `skipped`: all
-    that was left out; `message`: one line on the memory used."""
+    that was left out; `message`: one line on the memory used; `twins`: sets of kept items whose
+    files hold the same bytes; `remarks`: sentences about them."""
 
     images: ImageSet
     kept: np.ndarray
     skipped: list[Skipped]
     message: str
+    twins: tuple[tuple[int, ...], ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def survey(source: Source, limit: int = 512, seed: int = 0) -> Survey:
@@ -154,12 +162,18 @@ def prepare(
     """Decode every item once, in `workers` processes (None: one per core).
 
     The pictures are kept when they need at most `memory_fraction` of the free memory. `progress` is
-    called with (done, total). Raises DataError when no picture at all can be read.
+    called with (done, total). Where the data say the splits, a copy of a test picture is left out
+    of val and train, and one of a val picture out of train. Raises DataError when no picture at all
+    can be read.
     """
     height, width = preprocess.store
     fits, _ = plan_memory(len(source), preprocess, memory_fraction)
     buffer = _shared_buffer(len(source), height, width) if fits else None
-    faults = dict(_fill(source, preprocess, buffer, workers, progress))
+    digests: dict[int, bytes] = {}
+    faults = dict(_fill(source, preprocess, buffer, workers, progress, digests))
+    twins = same_bytes(digests)
+    faults.update(leaks(source, twins))
+    twins = tuple(t for one in twins if len(t := tuple(i for i in one if i not in faults)) > 1)
     kept = np.array([i for i in range(len(source)) if i not in faults], dtype=np.int64)
     if not len(kept):
         raise _nothing_readable(source)
@@ -169,12 +183,17 @@ def prepare(
         kept,
         sorted([*source.skipped, *skipped], key=lambda one: one.path),
         _message(len(kept), preprocess, fits),
+        twins,
+        tuple(copy_remarks(source, twins)),
     )
 
 
-def load_picture(source: Source, index: int, preprocess: Preprocess) -> np.ndarray:
-    """Item number `index` decoded and fitted: uint8 (H', W', 3). Raises UnreadableImage."""
-    return preprocess.fit_image(source.image(index, side=max(preprocess.store)))
+def load_picture(
+    source: Source, index: int, preprocess: Preprocess, data: bytes | np.ndarray | None = None
+) -> np.ndarray:
+    """Item number `index` decoded and fitted: uint8 (H', W', 3); `data`: what the source's `read`
+    gave, if it was called before. Raises UnreadableImage."""
+    return preprocess.fit_image(source.image(index, side=max(preprocess.store), data=data))
 
 
 def free_memory() -> int:
@@ -213,15 +232,18 @@ def _fill(
     buffer: torch.Tensor | None,
     workers: int | None,
     progress: Progress | None,
+    digests: dict[int, bytes],
 ) -> Iterator[tuple[int, str]]:
-    """Decode all items into the buffer's rows (if any); yields (item, reason) of the unreadable."""
+    """Decode all items into the buffer's rows (if any); yields (item, reason) of the unreadable.
+    `digests` takes in those of the readable items that may be copies."""
     total, done = len(source), 0
     rows = None if buffer is None else buffer.numpy()
     chunks = [range(at, min(at + _CHUNK, total)) for at in range(0, total, _CHUNK)]
     count = 1 if total < _FEW and workers is None else workers or cores()
-    with _pool(count, _Job(source, preprocess, rows)) as decode_chunk:
-        for chunk, faults in decode_chunk(chunks):
+    with _pool(count, _Job(source, preprocess, rows, source.alike())) as decode_chunk:
+        for chunk, faults, found in decode_chunk(chunks):
             yield from faults
+            digests.update(found)
             done += len(chunk)
             if progress is not None:
                 progress(done, total)
@@ -229,23 +251,29 @@ def _fill(
 
 @dataclass
 class _Job:
-    """What a worker inherits by forking; `rows` is the buffer, written in place."""
+    """What a worker inherits by forking; `rows` is the buffer, written in place; `alike` (N,) says
+    which items may be copies of others."""
 
     source: Source
     preprocess: Preprocess
     rows: np.ndarray | None
+    alike: np.ndarray
 
-    def __call__(self, chunk: range) -> tuple[range, list[tuple[int, str]]]:
-        faults = []
+    def __call__(self, chunk: range) -> Result:
+        faults, digests = [], {}
         for index in chunk:
             try:
-                picture = load_picture(self.source, index, self.preprocess)
+                data = self.source.read(index)
+                picture = load_picture(self.source, index, self.preprocess, data)
             except UnreadableImage as problem:
                 faults.append((index, problem.reason))
             else:
                 if self.rows is not None:
                     self.rows[index] = picture
-        return chunk, faults
+                if self.alike[index]:
+                    whole = data if isinstance(data, bytes) else data.tobytes()
+                    digests[index] = hashlib.sha256(whole).digest()
+        return chunk, faults, digests
 
 
 _job: list[_Job] = []  # in a worker: the one job it was forked for
@@ -258,11 +286,11 @@ def _adopt(job: _Job) -> None:
     warnings.simplefilter("ignore")  # remarks of parsers on foreign files; faults are raised
 
 
-def _work(chunk: range) -> tuple[range, list[tuple[int, str]]]:
+def _work(chunk: range) -> Result:
     return _job[0](chunk)
 
 
-Done = Iterator[tuple[range, list[tuple[int, str]]]]
+Done = Iterator[Result]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DATA: a folder of class folders, one with train/ val/ test/, an archive of either, or `digits`.
+"""DATA: a folder of class folders, one with train/ val/ test/, an archive of either, a table, or
+`digits`.
 
 The folder's name is the class. Class folders are read to any depth. A file counts as a picture by
 the end of its name (or when it has none); whether it is one, `prepare` finds out. Hidden files and
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,39 +21,45 @@ from PIL import Image
 
 from crosspatch.data.archives import ARCHIVES, is_archive, open_archive
 from crosspatch.data.decode import UnreadableImage, decode, picture_size
+from crosspatch.data.groups import FOLDER, assign_groups
 from crosspatch.data.layout import Layout, lay_out
+from crosspatch.data.rows import column_names
 from crosspatch.data.skipped import Skipped
+from crosspatch.data.tables import NONE, TABLES, open_table
 from crosspatch.data.trees import FolderTree, Tree
 from crosspatch.errors import UsageError, near
 
 _HEAD = 1 << 17  # nearly every picture tells its size in here
 
 DIGITS = "digits"
-TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
 class Item:
     """One picture. `key`: posix path below the root, unique; `label`: index into the classes;
-    `split`: "train", "val" or "test" where the folders say so, else None."""
+    `split`: "train", "val" or "test" where the data say so, else None; `group`: pictures of one
+    group stay in one split (None: in a group of its own)."""
 
     key: str
     label: int
     split: str | None
+    group: str | None = None
 
 
 class Source(ABC):
     """Classes and items of a data set, and the way to each picture's bytes.
 
     `name`: short, for run folders. `classes`: sorted names. `items`: ordered by key. `skipped`:
-    files that are left out by their name or place (unreadable pictures are found by `prepare`). A
-    source holds no open file: it may be pickled and used from forked workers.
+    files that are left out by their name or place (unreadable pictures are found by `prepare`).
+    `remarks`: sentences on how the data were understood. A source holds no open file: it may be
+    pickled and used from forked workers.
     """
 
     name: str
     classes: tuple[str, ...]
     items: tuple[Item, ...]
     skipped: list[Skipped]
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -66,9 +73,12 @@ class Source(ABC):
     def read(self, index: int) -> bytes | np.ndarray:
         """The file's bytes, or a uint8 array (H, W, 3). Raises UnreadableImage."""
 
-    def image(self, index: int, *, side: int | None = None) -> Image.Image:
-        """The picture, upright and RGB; `side` as in `decode`. Raises UnreadableImage."""
-        data = self.read(index)
+    def image(
+        self, index: int, *, side: int | None = None, data: bytes | np.ndarray | None = None
+    ) -> Image.Image:
+        """The picture, upright and RGB; `side` as in `decode`; `data`: what `read` gave, if it was
+        called before. Raises UnreadableImage."""
+        data = self.read(index) if data is None else data
         if isinstance(data, bytes):
             return decode(data, side=side, name=self.items[index].key)
         return Image.fromarray(data)
@@ -85,17 +95,24 @@ class Source(ABC):
             digest.update(f"\0{item.key}\0{size}\0{item.label}".encode())
         return digest.hexdigest()
 
+    def alike(self) -> np.ndarray:
+        """bool (N,): the items whose bytes may equal another's, as their sizes do."""
+        sizes = np.array(self._sizes())
+        _, place, count = np.unique(sizes, return_inverse=True, return_counts=True)
+        return count[place] > 1
+
     @abstractmethod
     def _sizes(self) -> list[int]:
         """A number per item that changes when its file does."""
 
 
 class TreeSource(Source):
-    """A source whose pictures are the files of a tree (folder, zip, tar)."""
+    """A source whose pictures are the files of a tree (folder, zip, tar, those of a table)."""
 
     def __init__(self, name: str, tree: Tree, layout: Layout) -> None:
         self.name, self.classes = name, layout.classes
-        self.items = tuple(Item(file.key, file.label, file.split) for file in layout.files)
+        self.items = tuple(Item(one.key, one.label, one.split, one.group) for one in layout.files)
+        self.remarks = tuple(layout.remarks)
         self.skipped = sorted([*tree.skipped, *layout.skipped], key=lambda one: one.path)
         self._tree, self._paths = tree, [file.path for file in layout.files]
 
@@ -139,25 +156,42 @@ class DigitsSource(Source):
         return [int(picture.sum()) for picture in self._pictures]
 
 
-def open_source(spec: str | Path, *, least_classes: int = 2) -> Source:
-    """Open DATA: a folder, an archive, or the word "digits" (a folder of that name: "./digits").
+def open_source(
+    spec: str | Path,
+    *,
+    least_classes: int = 2,
+    path_column: str | None = None,
+    label_column: str | None = None,
+    split_column: str | None = None,
+    group: str | None = None,
+) -> Source:
+    """Open DATA: a folder, an archive, a table, or the word "digits" (a folder of that name:
+    "./digits").
 
     least_classes: training needs two; a trained model may be judged on pictures of one.
+    path_column, label_column, split_column: of a table, where their names do not tell ("none": no
+    splits). group: "folder", a column of the table, or a regular expression (see `groups`).
 
-    Raises UsageError for a path that does not exist or is no kind of DATA, DataError for data that
-    cannot be trained on: no picture, a single class, an empty class, broken archives, wrong splits.
+    Raises UsageError for a path that does not exist or is no kind of DATA and for columns or groups
+    that it does not have, DataError for data that cannot be trained on: no picture, a single class,
+    an empty class, broken archives and tables, wrong splits.
     """
+    told = {"path": path_column, "label": label_column, "split": split_column}
     if spec == DIGITS:
-        return DigitsSource()
+        _require_no_columns(spec, told)
+        return _grouped(DigitsSource(), group)
     path = Path(spec)
     if not path.exists():
         raise _missing(path)
     try:
-        return _open_path(path, least_classes)
+        if not path.is_dir() and path.name.lower().endswith(TABLES):
+            return _open_table(path, least_classes, told, group)
+        _require_no_columns(spec, told)
+        return _grouped(_open_path(path, least_classes), group)
     except OSError as problem:
         raise UsageError(
             f"cannot read {path} ({problem.strerror or problem})",
-            "DATA is a folder or an archive that you may read",
+            "DATA is a folder, an archive or a table that you may read",
             "Check its permissions, or give another path",
         ) from problem
 
@@ -166,25 +200,54 @@ def _open_path(path: Path, least_classes: int) -> Source:
     if path.is_dir():
         tree = FolderTree(path)
         return TreeSource(_name(path), tree, lay_out(tree, str(path), least_classes))
-    if path.name.lower().endswith(TABLES):
-        raise UsageError(
-            f"{path} is a table",
-            "DATA is a folder of class folders, an archive of one, or digits; tables come later",
-            "Put the pictures into one folder per class",
-        )
     if not is_archive(path):
         raise UsageError(
-            f"{path} is a single file, and no archive",
-            f"DATA is a folder of class folders, or one packed as {' '.join(ARCHIVES)}",
+            f"{path} is a single file, and neither an archive nor a table",
+            f"DATA is a folder of class folders, one packed as {' '.join(ARCHIVES)}, or a table "
+            f"({' '.join(TABLES)})",
             "Give the folder that holds the class folders",
         )
     tree = open_archive(path)
     return TreeSource(_name(path), tree, lay_out(tree, str(path), least_classes, look_through=True))
 
 
+def _open_table(
+    path: Path, least_classes: int, told: dict[str, str | None], group: str | None
+) -> Source:
+    """A column of the table wins over "folder"; a plain word is a column, not an expression."""
+    word = group is None or (group.replace("_", "").isalnum() and group != FOLDER)
+    by_column = word or group in column_names(path)
+    tree, layout = open_table(path, least_classes, {**told, "group": group if by_column else NONE})
+    source = TreeSource(_name(path), tree, layout)
+    return source if by_column else _grouped(source, group)
+
+
+def _grouped(source: Source, group: str | None) -> Source:
+    """The source with `--group` carried out."""
+    if group is not None and group != NONE:
+        keys, names = zip(*((i.key, source.classes[i.label]) for i in source.items), strict=True)
+        groups, remarks = assign_groups(keys, names, group)
+        source.items = tuple(
+            replace(item, group=name) for item, name in zip(source.items, groups, strict=True)
+        )
+        source.remarks = (*source.remarks, *remarks)
+    return source
+
+
+def _require_no_columns(spec: str | Path, told: dict[str, str | None]) -> None:
+    for kind, name in told.items():
+        if name is not None:
+            raise UsageError(
+                f"--{kind}-column {name}, but {spec} is no table",
+                f"A table is a file that ends with {' '.join(TABLES)}",
+                f"Leave --{kind}-column out, or give a table",
+            )
+
+
 def _name(path: Path) -> str:
     name = path.resolve().name
-    ending = next((end for end in ARCHIVES if path.is_file() and name.lower().endswith(end)), "")
+    known = (*ARCHIVES, *TABLES)
+    ending = next((end for end in known if path.is_file() and name.lower().endswith(end)), "")
     return name[: len(name) - len(ending)] or "data"
 
 
@@ -193,6 +256,6 @@ def _missing(path: Path) -> UsageError:
     beside = near(path.name, os.listdir(parent)) if parent.is_dir() else ""
     return UsageError(
         f"{path} does not exist",
-        "DATA is a folder of class folders, an archive of one, or the word digits",
+        "DATA is a folder of class folders, an archive of one, a table, or the word digits",
         f"Did you mean {beside}" if beside else "Check the path, or try: crosspatch train digits",
     )

@@ -11,22 +11,25 @@ Folders decide where they are given. What is missing is carved out by class, see
     train, val, test    val                      test
 
 So no picture given as val or test is ever trained on. In a class of few pictures the first goes to
-train, the second to test, the third to val.
+train, the second to test, the third to val. Pictures of one group, and exact copies, stay together:
+the classes then are shared out as well as whole groups allow, the largest group first.
 """
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from crosspatch.data.groups import units
 from crosspatch.data.layout import SPLITS
-from crosspatch.data.sources import Source
+from crosspatch.data.sources import Item, Source
 from crosspatch.errors import DataError, near
 
-__all__ = ["SPLITS", "Split", "make_split", "read_split", "write_split"]
+__all__ = ["SPLITS", "Split", "gaps", "make_split", "read_split", "write_split"]
 
 _STREAM = 0x73706C69  # keeps these draws apart from all others of the same seed
 
@@ -45,30 +48,45 @@ def make_split(
     keep: np.ndarray | None = None,
     seed: int = 0,
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15),
+    twins: Iterable[Sequence[int]] = (),
 ) -> Split:
     """Divide the items (those in `keep`, indices; None: all) as the table above says.
 
     Stratified by class; the same items and seed give the same split. `fractions` are of train, val
-    and test and add up to 1. Raises DataError for a class without a picture to train on.
+    and test and add up to 1; `twins`: sets of items that are exact copies. Raises DataError for a
+    class without a picture to train on, and for a group that the data's own splits tear apart.
     """
     kept = np.arange(len(source)) if keep is None else np.sort(np.asarray(keep, dtype=np.int64))
     given = np.array([source.items[index].split or "train" for index in kept], dtype=object)
     pools = {name: kept[given == name] for name in SPLITS}
     _, val, test = fractions
-    labels = source.labels
+    _require_whole_groups(source, kept)
+    labels, together = source.labels, units([item.group for item in source.items], twins)
     if len(pools["val"]) and len(pools["test"]):
         parts = pools
     elif len(pools["val"]):
-        halves = _carve(pools["val"], labels, seed, {"test": 0.5})
+        halves = _carve(pools["val"], labels, together, seed, {"test": 0.5})
         parts = {"train": pools["train"], "val": halves["rest"], "test": halves["test"]}
     elif len(pools["test"]):
-        carved = _carve(pools["train"], labels, seed, {"val": val})
+        carved = _carve(pools["train"], labels, together, seed, {"val": val})
         parts = {"train": carved["rest"], "val": carved["val"], "test": pools["test"]}
     else:
-        carved = _carve(pools["train"], labels, seed, {"test": test, "val": val})
+        carved = _carve(pools["train"], labels, together, seed, {"test": test, "val": val})
         parts = {"train": carved["rest"], "val": carved["val"], "test": carved["test"]}
     _require_every_class(source, parts["train"])
     return Split(**{name: np.sort(parts[name]) for name in SPLITS})
+
+
+def gaps(source: Source, split: Split) -> list[str]:
+    """A sentence for val and test each, where groups left a class without a picture in it."""
+    said = []
+    for name in ("val", "test"):
+        there = set(source.labels[getattr(split, name)].tolist())
+        lost = [one for label, one in enumerate(source.classes) if label not in there]
+        if lost and any(item.group is not None for item in source.items):
+            more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+            said.append(f"{name} got no picture of {', '.join(lost[:5])}{more}: too few groups.")
+    return said
 
 
 def write_split(path: str | Path, source: Source, split: Split) -> None:
@@ -106,22 +124,110 @@ def read_split(path: str | Path, source: Source) -> Split:
 
 
 def _carve(
-    pool: np.ndarray, labels: np.ndarray, seed: int, shares: dict[str, float]
+    pool: np.ndarray,
+    labels: np.ndarray,
+    together: np.ndarray,
+    seed: int,
+    shares: dict[str, float],
 ) -> dict[str, np.ndarray]:
-    """Draw `shares` of each class of a pool, in their order; one picture at least stays as
-    "rest"."""
-    taken: dict[str, list[np.ndarray]] = {name: [pool[:0]] for name in (*shares, "rest")}
-    for label in np.unique(labels[pool]):
-        members = pool[labels[pool] == label]
+    """Draw `shares` of each class of a pool, in their order; one picture at least stays as "rest".
+
+    together (N,): the unit of every item. Units of several pictures are placed first; the pictures
+    that stand alone then fill up what each class lacks.
+    """
+    names = (*shares, "rest")
+    _, place, count = np.unique(together[pool], return_inverse=True, return_counts=True)
+    grouped, alone = pool[count[place] > 1], pool[count[place] == 1]
+    where = _place_units(grouped, labels, together, pool, seed, shares)
+    taken: dict[str, list[np.ndarray]] = {
+        name: [pool[:0], grouped[where == number]] for number, name in enumerate(names)
+    }
+    for label in np.unique(labels[alone]):
+        members = alone[labels[alone] == label]
         members = np.random.default_rng([_STREAM, seed, int(label)]).permutation(members)
-        at = 1
-        for name, share in shares.items():
-            wanted = max(1, round(share * len(members))) if share > 0 else 0
+        placed = where[labels[grouped] == label]
+        at = 0 if (placed == len(shares)).any() else 1
+        total, first = len(members) + len(placed), at
+        for number, share in enumerate(shares.values()):
+            wanted = max(1, round(share * total)) if share > 0 else 0
+            wanted = max(0, wanted - int((placed == number).sum()))
             part = members[at : at + min(wanted, len(members) - at)]
-            taken[name].append(part)
+            taken[names[number]].append(part)
             at += len(part)
-        taken["rest"] += [members[:1], members[at:]]
+        taken["rest"] += [members[:first], members[at:]]
     return {name: np.concatenate(parts) for name, parts in taken.items()}
+
+
+def _place_units(
+    grouped: np.ndarray,
+    labels: np.ndarray,
+    together: np.ndarray,
+    pool: np.ndarray,
+    seed: int,
+    shares: dict[str, float],
+) -> np.ndarray:
+    """int64 (len(grouped),): the part of each grouped item, as a number: those of `shares`, then
+    the rest. Items of one unit get the same."""
+    _, unit = np.unique(together[grouped], return_inverse=True)
+    if not len(grouped):
+        return unit
+    classes = int(labels.max()) + 1
+    counts = np.zeros((unit.max() + 1, classes))
+    np.add.at(counts, (unit, labels[grouped]), 1)
+    total = np.bincount(labels[pool], minlength=classes)
+    parts = np.array([*shares.values(), 1 - sum(shares.values())])
+    drawn = np.random.default_rng([_STREAM, seed, classes]).permutation(len(counts))
+    order = drawn[np.argsort(-counts.sum(1)[drawn], kind="stable")]
+    held, where = np.zeros((len(parts), classes)), np.zeros(len(counts), np.int64)
+    for one in order:  # to where the squared distance from the wanted counts grows least
+        grows = counts[one] * (2 * (held - parts[:, None] * total) + counts[one])
+        cost = np.where(parts > 0, (grows / np.maximum(total, 1)).sum(1), np.inf)
+        where[one] = len(parts) - 1 - cost[::-1].argmin()
+        held[where[one]] += counts[one]
+    single = total - counts.sum(0)
+    _fill_gaps(where, counts, held, single, parts)
+    return where[unit]
+
+
+def _fill_gaps(
+    where: np.ndarray, counts: np.ndarray, held: np.ndarray, single: np.ndarray, parts: np.ndarray
+) -> None:
+    """Give each part that will lack a class the smallest unit that has it. First the rest, to which
+    every class must go; then the others, unless that takes the last of a class from where it is.
+
+    where (U,): part of each unit, changed here; counts (U, K) of the units; held (P, K) of the
+    parts, changed too; single (K,): pictures that stand alone, which fill as many gaps; parts (P,):
+    the share of each.
+    """
+    order = [len(parts) - 1, *range(len(parts) - 1)]
+    for part in order:
+        for label in np.flatnonzero(counts.sum(0)):
+            lacking = [one for one in order if parts[one] > 0 and not held[one, label]]
+            if part not in lacking[int(single[label]) :]:
+                continue
+            having = np.flatnonzero(counts[:, label])
+            for one in having[counts[having].sum(1).argsort(kind="stable")]:
+                left = held[where[one]] - counts[one]
+                if part != order[0] and ((counts[one] > 0) & (left + single == 0)).any():
+                    continue
+                held[where[one]], held[part] = left, held[part] + counts[one]
+                where[one] = part
+                break
+
+
+def _require_whole_groups(source: Source, kept: np.ndarray) -> None:
+    first: dict[str, Item] = {}
+    for item in (source.items[index] for index in kept.tolist()):
+        if item.group is None or item.split is None:
+            continue
+        other = first.setdefault(item.group, item)
+        if other.split != item.split:
+            raise DataError(
+                f"the group {item.group!r} lies in {other.split} ({other.key}) and in "
+                f"{item.split} ({item.key})",
+                "Pictures of one group lie in one split, else the figures are too good",
+                "Move them together, leave the splits out, or leave --group out (--group none)",
+            )
 
 
 def _require_every_class(source: Source, train: np.ndarray) -> None:
@@ -131,7 +237,7 @@ def _require_every_class(source: Source, train: np.ndarray) -> None:
         raise DataError(
             f"no readable picture to train on in {', '.join(lost[:5])}",
             "Every class has at least one picture that can be read",
-            "Add pictures, or remove the folder",
+            "Add pictures, or remove the class",
         )
 
 

@@ -78,7 +78,7 @@ class FolderTree:
         self.skipped.sort(key=lambda one: one.path)
 
     def read(self, path: str, most: int = MOST) -> bytes:
-        with _reading(path), open(self.root / path, "rb") as file:
+        with reading(path), open(self.root / path, "rb") as file:
             return file.read(most)
 
     def _visit_below(self, top: str, seen: set[tuple[int, int]]) -> None:
@@ -167,7 +167,7 @@ class ZipTree(_Archive):
             raise broken_archive(path, problem) from problem
 
     def read(self, path: str, most: int = MOST) -> bytes:
-        with _reading(path), _open_zip(self.path, os.getpid()).open(self.where[path]) as file:
+        with reading(path), _open_zip(self.path, os.getpid()).open(self.where[path]) as file:
             return file.read(most)
 
 
@@ -187,7 +187,7 @@ class TarTree(_Archive):
 
     def read(self, path: str, most: int = MOST) -> bytes:
         length = min(self.files[path], most)
-        with _reading(path), open(self.path, "rb") as file:
+        with reading(path), open(self.path, "rb") as file:
             file.seek(self.where[path])
             data = file.read(length)
         if len(data) < length:
@@ -267,7 +267,7 @@ def _parents(path: str) -> Iterator[str]:
 
 
 @contextmanager
-def _reading(path: str) -> Iterator[None]:
+def reading(path: str) -> Iterator[None]:
     """Whatever goes wrong while one file is read is told as that file's fault."""
     try:
         yield

@@ -110,9 +110,12 @@ def calibration_pictures(
     data: where the run's pictures are now, or others of the kind, of which the `val` folder is
     taken or else all (None: where they were). Raises DataError where they cannot be had.
     """
-    where = data if data is not None else RunFolder(run).read_config()["run"]["data"]
+    config = RunFolder(run).read_config() if data is None else {}
+    where = config["run"]["data"] if data is None else data
     try:
-        source = open_source(where, least_classes=1)
+        source = open_source(
+            where, least_classes=1, **{**config.get("reading", {}), "group": "none"}
+        )
         items = _validation(run, source, others=data is not None)
     except CrosspatchError as error:
         raise DataError(

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from crosspatch.mixing import OneOf, draws
@@ -16,7 +18,8 @@ class Supervised(nn.Module):
     """Trains `model` on labels.
 
     model: (B, 3, H, W) -> logits (B, K), timm's contract; task: targets and loss; smoothing: label
-    smoothing in [0, 1); mixer: picks the batch mixing of a step, or None.
+    smoothing in [0, 1); mixer: picks the batch mixing of a step, or None; weights: what the loss of
+    a picture of each class is multiplied with (K,), or nothing.
     """
 
     def __init__(
@@ -26,12 +29,16 @@ class Supervised(nn.Module):
         *,
         smoothing: float = 0.0,
         mixer: OneOf | None = None,
+        weights: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.task = task
         self.smoothing = smoothing
         self.mixer = mixer
+        self.weights: torch.Tensor | None
+        given = torch.tensor(weights, dtype=torch.float32) if weights else None
+        self.register_buffer("weights", given, persistent=False)
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The loss of one batch: the mean over the global batch, in nats."""
@@ -39,7 +46,7 @@ class Supervised(nn.Module):
         images, mixing = inputs.images, None
         if self.mixer is not None:
             images, mixing = self.mixer(images, draws(*inputs.draw))
-        targets = self.task.targets(inputs.labels, mixing, self.smoothing)
+        targets = self.task.targets(inputs.labels, mixing, self.smoothing, self.weights)
         loss = self.task.loss(self.model(images), targets).sum() * inputs.scale
         return {"loss": loss, "parts": {}}
 

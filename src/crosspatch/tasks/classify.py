@@ -35,14 +35,24 @@ class Classify:
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
 
-    def targets(self, labels: Tensor, mixing: Mixing | None, smoothing: float) -> Tensor:
-        """labels (B,) int64 -> soft targets (B, K) float32, rows sum to 1.
+    def targets(
+        self,
+        labels: Tensor,
+        mixing: Mixing | None,
+        smoothing: float,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """labels (B,) int64 -> soft targets (B, K) float32, rows sum to 1, or with `weights` (K,)
+        to the weight of the label.
 
-        Smoothing comes first (off = s/K, on = 1 - s + s/K), then lam * own + (1 - lam) * partner's.
+        Smoothing comes first (off = s/K, on = 1 - s + s/K), then the weight of the label, then
+        lam * own + (1 - lam) * partner's.
         """
         count = len(self.classes)
         rest = smoothing / count
         soft = F.one_hot(labels, count).to(torch.float32) * (1 - smoothing) + rest
+        if weights is not None:
+            soft = soft * weights[labels].view(-1, 1)
         if mixing is None:
             return soft
         return torch.lerp(soft[mixing.partner], soft, mixing.lam.view(-1, 1))

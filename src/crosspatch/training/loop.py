@@ -183,6 +183,7 @@ class _Fit:
             start_batch=start,
             workers=r.workers,
             repeats=r.repeats,
+            balanced=r.balance == "sampler",
         ):
             self.stepper.step(batch, epoch, self.step)
             self.step += 1

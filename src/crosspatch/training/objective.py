@@ -38,5 +38,9 @@ def make_objective(
     """A fresh objective, seeded by the recipe; `model` instead of the one that the recipe names."""
     module = build_model(recipe, len(classes)) if model is None else model
     return Supervised(
-        module, Classify(classes), smoothing=recipe.smoothing, mixer=make_mixer(recipe)
+        module,
+        Classify(classes),
+        smoothing=recipe.smoothing,
+        mixer=make_mixer(recipe),
+        weights=recipe.class_weights,
     )

@@ -2,8 +2,9 @@
 """The plan: from data and machine to a recipe, with the reasons in plain sentences.
 
 `overrides` are what the user typed: model, size, fit, batch, epochs, time (seconds), lr, seed,
-precision, compile, workers, flip, recipe, linear, weights (a run folder); and, for experiments, any
-other field of `Recipe` ("augment" then being a dict of `AugmentConfig` fields). They always win.
+precision, compile, workers, flip, recipe, linear, balance, weights (a run folder); and, for
+experiments, any other field of `Recipe` ("augment" then being a dict of `AugmentConfig` fields).
+They always win.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from crosspatch.training.recipes import load_recipe
 
 TYPED = (
     "model", "size", "fit", "batch", "epochs", "time", "lr", "seed", "precision", "compile",
-    "workers", "flip", "recipe", "linear", "weights",
+    "workers", "flip", "recipe", "linear", "weights", "balance",
 )  # fmt: skip
 SPARE = 0.05  # of a time budget is left unused
 EVAL_SHARE = 0.08  # of a run may go into validation, before it is done less often
@@ -102,6 +103,7 @@ def plan(
         workers=given.get("workers", 0),
         threads=machine.cores,
         linear=given.get("linear", "auto"),
+        balance=given.get("balance", "auto"),
         time_budget=given.get("time"),
     )
     reasons.extend(source.REASONS)

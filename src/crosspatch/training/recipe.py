@@ -15,6 +15,7 @@ from crosspatch.layers.linear import MODES
 PRECISIONS = ("fp32", "bf16", "fp16")
 MIXERS = ("mixup", "cutmix", "mixup-batch", "cutmix-batch")
 SCHEDULES = ("cosine", "epochs")
+BALANCES = ("none", "weights", "sampler", "auto")
 Pair = tuple[float, float]
 
 
@@ -35,7 +36,9 @@ class Recipe:
     eval_every: epochs between validations; time_budget: seconds asked for, or None; threads: CPU
     threads (numbers differ between thread counts); linear: whether large products go through oneDNN
     (`layers.linear`), "on" or "off" once a run has begun; workers: loader processes, used when the
-    pictures do not fit into memory.
+    pictures do not fit into memory; balance: what is done about uneven classes
+    (`training.balance`), not "auto" once a run has begun; class_weights: of the loss, by label
+    (empty: all alike).
     """
 
     name: str
@@ -75,6 +78,8 @@ class Recipe:
     workers: int = 0
     threads: int = 1
     linear: str = "off"
+    balance: str = "none"
+    class_weights: tuple[float, ...] = ()
     eval_every: int = 1
     eval_batch: int = 256
     time_budget: float | None = None
@@ -93,6 +98,8 @@ class Recipe:
         _check(self.workers >= 0, "workers", self.workers, "0 or more")
         _check(self.fit in FITS, "fit", self.fit, f"one of {', '.join(FITS)}")
         _check(self.linear in MODES, "linear", self.linear, f"one of {', '.join(MODES)}")
+        _check(self.balance in BALANCES, "balance", self.balance, f"one of {', '.join(BALANCES)}")
+        _check(min(self.class_weights, default=1) > 0, "class_weights", "0 or less", "above 0")
         _check(self.precision in PRECISIONS, "precision", self.precision, "one of fp32, bf16, fp16")
         schedules = f"one of {', '.join(SCHEDULES)}"
         _check(self.schedule in SCHEDULES, "schedule", self.schedule, schedules)

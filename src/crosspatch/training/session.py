@@ -27,7 +27,7 @@ from crosspatch.data.prepare import (
     write_skipped,
 )
 from crosspatch.data.sources import DIGITS, Source, open_source
-from crosspatch.data.split import SPLITS, Split, make_split, read_split, write_split
+from crosspatch.data.split import SPLITS, Split, gaps, make_split, read_split, write_split
 from crosspatch.errors import DataError, UsageError
 from crosspatch.layers import linear
 from crosspatch.metrics.calibration import apply_temperature, fit_temperature
@@ -36,6 +36,7 @@ from crosspatch.metrics.macs import count_macs
 from crosspatch.tasks.classify import PREDICTION_COLUMNS, Classify
 from crosspatch.training import machine as machines
 from crosspatch.training import plan as plans
+from crosspatch.training.balance import resolve_balance
 from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.loop import Outcome, Reporter, Silent, fit
 from crosspatch.training.measure import measure_evaluation, measure_step
@@ -87,10 +88,12 @@ def train_run(
     reporter: Reporter | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    reading: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train on `source_spec` into the folder `out`; returns the summary (plain JSON values).
 
-    overrides: see `training.plan`. Validation chooses the weights; test is touched once, at the
+    overrides: see `training.plan`; reading: what `open_source` is told of columns and groups (a run
+    that is continued knows it). Validation chooses the weights; test is touched once, at the
     end. Summary: run, out, data, model, parameters, size, classes, images, skipped, split, epochs,
     steps, best (row of metrics.csv), val and test (figures of the task, None without pictures),
     calibration (temperature, images it was fitted on), seconds, files.
@@ -99,12 +102,15 @@ def train_run(
     began = time.perf_counter()
     reporter = reporter or Silent()
     given = plans.check_overrides(overrides or {})
-    source = open_source(source_spec)
+    reading = _reading(Path(out), dict(reading or {}), resume)
+    source = open_source(source_spec, **reading)
     with RunFolder.create(out, overwrite=overwrite, resume=resume) as run:
         if resume:
             recipe, pictures, config = _continue(run, source, given, reporter)
         else:
-            recipe, pictures, config = _begin(run, source, source_spec, given, reporter, began)
+            recipe, pictures, config = _begin(
+                run, source, source_spec, reading, given, reporter, began
+            )
         objective = make_objective(recipe, source.classes)
         _announce(run, recipe, pictures, config, objective, reporter)
         facts = {"fingerprint": pictures.fingerprint, "versions": config["versions"]}
@@ -116,10 +122,27 @@ def train_run(
     return summary
 
 
+def _reading(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """How the data are read: as asked, and when a run is continued as it was begun."""
+    if not resume or not (out / "config.toml").is_file():
+        return asked
+    begun = RunFolder(out).read_config().get("reading", {})
+    changed = [f"{key} {value} (was {begun.get(key, 'not given')})" for key, value in asked.items()
+               if begun.get(key) != value]  # fmt: skip
+    if changed:
+        raise UsageError(
+            f"the run was begun with its data read otherwise: {', '.join(changed)}",
+            "--resume alone, or the columns and groups it was begun with",
+            "leave them away, or train anew with --overwrite",
+        )
+    return begun
+
+
 def _begin(
     run: RunFolder,
     source: Source,
     spec: str | Path,
+    reading: dict[str, Any],
     given: dict[str, Any],
     reporter: Reporter,
     began: float,
@@ -131,7 +154,7 @@ def _begin(
     guess = make_split(source, seed=seed)
     first, _ = plans.plan(look, len(guess.train), len(source.classes), machine, given)
     prepared = _prepare(source, first, reporter)
-    split = make_split(source, keep=prepared.kept, seed=seed)
+    split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.twins)
     pictures = _Pictures(source, prepared, split, source.fingerprint())
     if first.weights:
         _refuse_seen(RunFolder(first.weights), pictures)
@@ -139,7 +162,9 @@ def _begin(
     shape = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     recipe = replace(recipe, **shape, workers=workers)
-    recipe = _resolve_products(recipe)
+    counts = _counts(source, split.train)
+    recipe = resolve_balance(_resolve_products(recipe), counts, source.classes, reasons)
+    reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     recipe, estimate = _measure(recipe, pictures, given, reasons, began)
     if not recipe.penalties:
         reasons.append(plans.describe_augment(recipe))
@@ -152,6 +177,7 @@ def _begin(
             "estimate_seconds": round(estimate, 1),
             "memory": prepared.message,
         },
+        "reading": reading,
         "why": {"reasons": reasons},
         "asked": {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()},
         "machine": machine.to_dict(),
@@ -217,6 +243,10 @@ def _prepare(source: Source, recipe: Recipe, reporter: Reporter) -> Prepared:
     reporter.message(f"reading: {memory}")
     tell = lambda done, total: reporter.progress("reading pictures", done, total)
     return prepare(source, recipe.preprocess, progress=tell)
+
+
+def _counts(source: Source, part: np.ndarray) -> np.ndarray:
+    return np.bincount(source.labels[part], minlength=len(source.classes))
 
 
 def _resolve_products(recipe: Recipe) -> Recipe:
@@ -299,7 +329,7 @@ def _announce(
 ) -> None:
     """Tell the reporter everything that is known before the first step."""
     source, skipped = pictures.source, pictures.prepared.skipped
-    counts = np.bincount(source.labels[pictures.split.train], minlength=len(source.classes))
+    counts = _counts(source, pictures.split.train)
     rarest = int(counts.argmin())
     estimate = config["run"]["estimate_seconds"]
     reporter.plan(

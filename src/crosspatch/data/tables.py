@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A table as DATA: each row names a picture file and its class, and may name its split and group.
+
+Read are .csv and .tsv (separated by comma, semicolon or tab), .jsonl, .json (a list of objects) and
+.parquet. The columns are found by their names (`GUESSES`) unless they are told. Paths are relative
+to the table's folder and may not leave it; absolute paths are taken as they stand. A file that is
+not there is skipped and listed; whatever could mean two things is an error that names the lines.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import stat
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+from crosspatch.data.layout import MEANING, SPLITS, Layout, Placed, check_classes, class_remarks
+from crosspatch.data.rows import Row, read_rows
+from crosspatch.data.skipped import Skipped
+from crosspatch.data.trees import MOST, is_utf8, reading, shown
+from crosspatch.errors import DataError, UsageError, near
+
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+GUESSES = {
+    "path": "path file filename file_name filepath file_path image image_path img img_path picture",
+    "label": "label class class_name classname category target",
+    "split": "split subset partition",
+    "group": "group group_id patient patient_id subject subject_id",
+}
+"""What each column may be called, in small letters."""
+
+NONE = "none"
+"""Told instead of a column's name: there is no such column."""
+
+_FLAGS = {
+    "path": "--path-column",
+    "label": "--label-column",
+    "split": "--split-column",
+    "group": "--group",
+}
+_SEVERAL = re.compile(r"\||^\s*\[.*\]\s*$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of the columns in use; None where there is none."""
+
+    path: str
+    label: str
+    split: str | None
+    group: str | None
+
+
+class Fact(NamedTuple):
+    """What one row says of its picture."""
+
+    place: str
+    name: str
+    split: str | None
+    group: str | None
+
+
+class ListedTree:
+    """Files that a table names: key -> the file. `files`, `folders`, `skipped` as of any tree."""
+
+    def __init__(self, found: dict[str, Path], sizes: dict[str, int]) -> None:
+        self.files, self.folders, self.skipped = sizes, set[str](), list[Skipped]()
+        self._found = found
+
+    def read(self, path: str, most: int = MOST) -> bytes:
+        """The first `most` bytes of one file. Raises UnreadableImage where they cannot be had."""
+        with reading(path), open(self._found[path], "rb") as file:
+            return file.read(most)
+
+
+def open_table(
+    path: Path, least_classes: int = 2, told: dict[str, str | None] | None = None
+) -> tuple[ListedTree, Layout]:
+    """Read a table and look for its files.
+
+    told: column names by `GUESSES`' keys, where they were said; "none": no such column.
+    Raises UsageError for columns that are missing or could be several, DataError for a table that
+    cannot be read, rows that contradict each other, unknown splits, and no file at all.
+    """
+    names, rows, remarks = read_rows(path)
+    columns, said = find_columns(path, names, told or {})
+    facts, found, skipped, repeated = _gather(path, rows, columns)
+    if not found:
+        raise _nothing_found(path, columns, skipped)
+    if repeated:
+        remarks.append(f"{repeated:,} row(s) of the table say again what another row says.")
+    sizes = {key: size for key, (_, size) in sorted(found.items())}
+    layout = _layout(path, facts, sizes, least_classes)
+    layout.skipped, layout.remarks = skipped, [said, *remarks, *layout.remarks]
+    return ListedTree({key: file for key, (file, _) in found.items()}, sizes), layout
+
+
+def find_columns(
+    path: Path, names: Sequence[str], told: dict[str, str | None]
+) -> tuple[Columns, str]:
+    """(the columns in use, a sentence that says them). Raises UsageError (see `open_table`)."""
+    chosen = {kind: _column(path, kind, names, told.get(kind)) for kind in GUESSES}
+    taken = [name for name in chosen.values() if name is not None]
+    twice = [name for name, count in Counter(taken).items() if count > 1]
+    if twice:
+        raise UsageError(
+            f"the column {twice[0]!r} of {path} is asked for twice",
+            "Path, label, split and group each have a column of their own",
+            "Name another column",
+        )
+    said = ", ".join(f"{kind} from {name!r}" for kind, name in chosen.items() if name is not None)
+    assert chosen["path"] is not None
+    assert chosen["label"] is not None
+    columns = Columns(chosen["path"], chosen["label"], chosen["split"], chosen["group"])
+    return columns, f"Columns of the table: {said}."
+
+
+def _column(path: Path, kind: str, names: Sequence[str], told: str | None) -> str | None:
+    needed, flag = kind in ("path", "label"), _FLAGS[kind]
+    if told is not None and told in names:
+        return told
+    if told == NONE and not needed:
+        return None
+    if told is not None:
+        raise UsageError(
+            f"{path} has no column {told!r}",
+            f"Its columns are {', '.join(names[:12])}",
+            f"{flag} {near(told, names, 1) or 'NAME'}",
+        )
+    guesses = GUESSES[kind].split()
+    hits = [name for name in names if name.strip().lower() in guesses]
+    if len(hits) > 1:
+        raise UsageError(
+            f"{path}: the {kind} could stand in {' or '.join(hits)}",
+            f"One column of the {kind}" if needed else f"One column of the {kind}, or none",
+            f"{flag} {hits[0]}" if needed else f"{flag} {hits[0]}, or {flag} {NONE}",
+        )
+    if needed and not hits:
+        raise UsageError(
+            f"{path} has no column that is known to hold the {kind}",
+            f"Such a column is called {', '.join(guesses[:5])} or the like; it has "
+            f"{', '.join(names[:12])}",
+            f"{flag} NAME",
+        )
+    return hits[0] if hits else None
+
+
+def _gather(
+    path: Path, rows: Sequence[Row], columns: Columns
+) -> tuple[dict[str, Fact], dict[str, tuple[Path, int]], list[Skipped], int]:
+    """(what is said of each key, its file and bytes where it is there, the others, repetitions)."""
+    facts: dict[str, Fact] = {}
+    found: dict[str, tuple[Path, int]] = {}
+    skipped, repeated = [], 0
+    for row in rows:
+        told = str(row.values.get(columns.path) or "").strip()
+        key, file = _locate(path, told)
+        fact = _fact(path, row, columns)
+        if key is None or fact is None:
+            reason = file if key is None else "names no class"
+            skipped.append(Skipped(shown(told or row.place), f"{row.place}: {reason}"))
+        elif key in facts:
+            _require_agreement(path, key, facts[key], fact)
+            repeated += 1
+        else:
+            facts[key], size = fact, _size(file)
+            if isinstance(size, int):
+                found[key] = Path(file), size
+            else:
+                skipped.append(Skipped(shown(key), f"{row.place}: {size}"))
+    return facts, found, skipped, repeated
+
+
+def _locate(table: Path, told: str) -> tuple[str | None, str]:
+    """(key, file) of a path in the table, or (None, what is wrong with it). The key is the path
+    below the table's folder, or the absolute path where the file lies elsewhere."""
+    root = os.path.abspath(table.parent)
+    if not told:
+        return None, "names no file"
+    if "\0" in told or not is_utf8(told):
+        return None, "its name is not valid text"
+    if os.path.isabs(told):
+        file = os.path.normpath(told)
+        inside = os.path.relpath(file, root) if file.startswith(os.path.join(root, "")) else file
+        return Path(inside).as_posix(), file
+    if PureWindowsPath(told).drive:
+        return None, "a path of another machine"
+    if not os.path.exists(os.path.join(root, told)):
+        told = told.replace("\\", "/")
+    key = posixpath.normpath(told)
+    if key == ".." or key.startswith(("../", "/")):
+        return None, "its path leaves the table's folder"
+    return key, os.path.join(root, key)
+
+
+def _fact(path: Path, row: Row, columns: Columns) -> Fact | None:
+    """What a row says of its picture, or None for one without a class."""
+    label, split, group = (
+        row.values.get(name) if name else None
+        for name in (columns.label, columns.split, columns.group)
+    )
+    if isinstance(label, list | tuple | dict) or _SEVERAL.search(str(label)):
+        raise DataError(
+            f"{path}: {row.place} gives several labels ({str(label)[:60]})",
+            "Each picture has one class; several labels to a picture are not read yet",
+            "Keep one label a row, or name another column: --label-column NAME",
+        )
+    name = _word(label)
+    if name is None:
+        return None
+    split, group = _word(split), _word(group)
+    if split is not None and split not in SPLITS:
+        meant = MEANING.get(split.lower())
+        raise DataError(
+            f"{path}: {row.place} says split {split!r}",
+            f"Splits are called {', '.join(SPLITS)}",
+            f"Write {meant} for {split}" if meant else f"Correct it, or {_FLAGS['split']} {NONE}",
+        )
+    return Fact(row.place, name, split, group)
+
+
+def _word(value: object) -> str | None:
+    """A value as text without space around it; None for nothing (an empty cell, null, NaN)."""
+    if value is None or (isinstance(value, float) and value != value):
+        return None
+    return str(value).strip() or None
+
+
+def _require_agreement(path: Path, key: str, first: Fact, second: Fact) -> None:
+    for what, one, other in zip(("class", "split", "group"), first[1:], second[1:], strict=True):
+        if one != other:
+            more = "; several labels to a picture are not read yet" if what == "class" else ""
+            raise DataError(
+                f"{path}: {key} has the {what} {one!r} in {first.place} and {other!r} in "
+                f"{second.place}",
+                f"Each picture has one {what}{more}",
+                "Correct or remove one of the two",
+            )
+
+
+def _size(file: str) -> int | str:
+    """The file's bytes, or why there are none."""
+    try:
+        status = os.stat(file)
+    except OSError as problem:
+        return (problem.strerror or str(problem)).lower()
+    return status.st_size if stat.S_ISREG(status.st_mode) else "not a regular file"
+
+
+def _layout(path: Path, facts: dict[str, Fact], sizes: dict[str, int], least: int) -> Layout:
+    splits = {fact.split for fact in facts.values()}
+    if None in splits and len(splits) > 1:
+        where = next(fact.place for fact in facts.values() if fact.split is None)
+        raise DataError(
+            f"{path}: {where} names no split, other rows do",
+            f"Each row is of {', '.join(SPLITS)}, or none is",
+            f"Fill it in, or {_FLAGS['split']} {NONE} to have all pictures split",
+        )
+    if splits != {None} and "train" not in splits:
+        raise DataError(
+            f"{path} holds {' and '.join(sorted(map(str, splits)))} but no train",
+            f"Of {', '.join(SPLITS)}, train must be there",
+            f"Add rows of train, or {_FLAGS['split']} {NONE} to have all pictures split",
+        )
+    found: dict[str, Counter[str]] = {split or "": Counter() for split in splits}
+    for key, fact in facts.items():
+        found[fact.split or ""][fact.name] += key in sizes
+    classes = check_classes(found, str(path), least, "class")
+    label = {name: number for number, name in enumerate(classes)}
+    files = [
+        Placed(key, key, label[fact.name], fact.split, fact.group)
+        for key, fact in sorted(facts.items())
+        if key in sizes
+    ]
+    return Layout(classes, files, remarks=class_remarks(found))
+
+
+def _nothing_found(path: Path, columns: Columns, skipped: list[Skipped]) -> DataError:
+    if not skipped:
+        return DataError(
+            f"{path} holds no row", "A line of column names, then a row for each picture",
+            "Give the table that names the pictures",
+        )  # fmt: skip
+    first = skipped[0]
+    return DataError(
+        f"none of the files that {path} names is there (the first: {first.path}, {first.reason})",
+        f"The column {columns.path!r} holds paths relative to {path.parent}, or absolute ones",
+        "Put the table beside its pictures, or name the column: --path-column NAME",
+    )

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done about uneven classes: nothing, weights in the loss, or a balanced order.
+
+Weights follow the effective number of pictures (Cui et al. 2019, "Class-Balanced Loss Based on
+Effective Number of Samples", arXiv 1901.05555): w = (1 - b) / (1 - b^n) for a class of n pictures.
+Where n is far below 1 / (1 - b) this is the inverse frequency; beyond it further pictures hardly
+count. The authors let the weights sum to the number of classes; here their mean over the training
+pictures is 1, so that the loss, and with it the rate, keeps its scale.
+
+The sampler shows every class equally often (`data.loading.balanced_order`). A rare class gets a
+steady place in each batch, where a weight would be a rare and strong push; the price is that its
+pictures are seen many times over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from crosspatch.training.recipe import Recipe
+
+BETA = 0.999
+UNEVEN = 10.0
+"""`auto` acts when the largest class has so many times the pictures of the smallest."""
+SEEN = 1.0
+"""`auto` takes weights where a batch holds so many pictures of the smallest class, on average."""
+
+
+def class_weights(counts: np.ndarray) -> tuple[float, ...]:
+    """counts: (K,) training pictures, each at least 1 -> K weights whose mean over the pictures is
+    1, to six digits."""
+    counts = np.asarray(counts, np.float64)
+    weights = (1 - BETA) / -np.expm1(counts * np.log(BETA))
+    weights *= counts.sum() / (counts * weights).sum()
+    return tuple(float(f"{weight:.6g}") for weight in weights)
+
+
+def resolve_balance(
+    recipe: Recipe, counts: np.ndarray, classes: Sequence[str], reasons: list[str]
+) -> Recipe:
+    """The recipe with `balance` resolved for good (see `choose_balance`); reasons are added to."""
+    mode, weights, why = choose_balance(recipe.balance, counts, classes, recipe.batch)
+    reasons += why
+    return replace(recipe, balance=mode, class_weights=weights)
+
+
+def choose_balance(
+    asked: str, counts: np.ndarray, classes: Sequence[str], batch: int
+) -> tuple[str, tuple[float, ...], list[str]]:
+    """("none", "weights" or "sampler", the weights of the loss, reasons).
+
+    asked: one of these or "auto"; counts: (K,) training pictures; batch: pictures per step.
+    """
+    least, most = int(counts.argmin()), int(counts.argmax())
+    ratio = counts[most] / max(1, counts[least])
+    told = f"{classes[most]} has {ratio:.3g} times the training pictures of {classes[least]}"
+    seen = batch * counts[least] / counts.sum()
+    if asked != "auto":
+        mode, reasons = asked, [] if asked == "none" else [f"--balance {asked}, as asked: {told}."]
+    elif ratio < UNEVEN:
+        mode, reasons = "none", []
+    elif seen >= SEEN:
+        mode = "weights"
+        reasons = [f"--balance weights: {told} (from {UNEVEN:g} on rare classes weigh more)."]
+    else:
+        mode = "sampler"
+        reasons = [
+            f"--balance sampler: {told}, and a batch would hold {seen:.2g} of the latter: "
+            "each class comes equally often."
+        ]
+    return mode, class_weights(counts) if mode == "weights" else (), reasons
