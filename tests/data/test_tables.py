@@ -86,7 +86,6 @@ def test_every_dialect_gives_the_same_items(folder):
 
 
 def test_parquet(folder):
-    pytest.importorskip("pyarrow")
     import pyarrow
     from pyarrow import parquet
 

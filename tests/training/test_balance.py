@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from crosspatch.mixing import Mixing
 from crosspatch.objectives import Inputs
 from crosspatch.objectives.supervised import Supervised
 from crosspatch.tasks.classify import Classify
-from crosspatch.training.balance import BETA, choose_balance, class_weights
+from crosspatch.training.balance import BETA, choose_balance, class_weights, resolve_balance
 
 counts = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 
@@ -129,3 +131,10 @@ def test_an_unknown_balance_is_refused(make_recipe):
         make_recipe(class_weights=(1.0, 0.0))
     kept = make_recipe(balance="weights", class_weights=(0.5, 1.25, 3.0))
     assert type(kept).from_dict(kept.to_dict()) == kept
+
+
+def test_a_linear_probe_weighs_every_picture_alike(make_recipe):
+    probe = make_recipe(penalties=(1.0,), balance="auto")
+    assert resolve_balance(probe, np.array([1, 99]), "ab", []).balance == "none"
+    with pytest.raises(UsageError, match="alike"):
+        resolve_balance(replace(probe, balance="weights"), np.array([1, 99]), "ab", [])

@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from crosspatch.errors import UsageError
 from crosspatch.training.recipe import Recipe
 
 BETA = 0.999
@@ -40,7 +41,18 @@ def class_weights(counts: np.ndarray) -> tuple[float, ...]:
 def resolve_balance(
     recipe: Recipe, counts: np.ndarray, classes: Sequence[str], reasons: list[str]
 ) -> Recipe:
-    """The recipe with `balance` resolved for good (see `choose_balance`); reasons are added to."""
+    """The recipe with `balance` resolved for good (see `choose_balance`); reasons are added to.
+
+    A linear probe weighs every picture alike. Raises UsageError where it is asked for more.
+    """
+    if recipe.penalties:
+        if recipe.balance not in ("auto", "none"):
+            raise UsageError(
+                f"--balance {recipe.balance} with --recipe {recipe.name}",
+                "a linear probe weighs every picture alike",
+                "leave --balance away, or take another --recipe",
+            )
+        return replace(recipe, balance="none")
     mode, weights, why = choose_balance(recipe.balance, counts, classes, recipe.batch)
     reasons += why
     return replace(recipe, balance=mode, class_weights=weights)
