@@ -21,7 +21,7 @@ METRIC_COLUMNS: tuple[str, ...] = (
 )  # fmt: skip
 OURS = (
     "config.toml", "classes.txt", "split.csv", "skipped.csv", "metrics.csv", "predictions.csv",
-    "report.json", "model", "last", ".lock", "client.py",
+    "report.json", "nan.csv", "model", "last", ".lock", "client.py",
     *(f"bundle{kind}{end}"
       for kind in ("", "-int8", "-int8-static") for end in (".onnx", ".xml", ".bin", ".pt2")),
 )  # fmt: skip
@@ -185,6 +185,17 @@ class RunFolder:
         """metrics.csv: one more row."""
         with (self.path / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, METRIC_COLUMNS, extrasaction="ignore").writerow(row)
+
+    def note_nan(self, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+        """nan.csv: the pictures of one more batch whose loss was not finite.
+
+        Rows of the same try and of later ones are replaced: a resumed run has none twice.
+        """
+        path, kept = self.path / "nan.csv", []
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["try"]) < rows[0]["try"]]
+        self._table("nan.csv", columns, [*kept, *rows])
 
     def write_predictions(self, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
         """predictions.csv: one row per picture of the validation and test splits."""
