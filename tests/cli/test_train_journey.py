@@ -97,6 +97,43 @@ def test_ctrl_c_saves_and_the_command_it_names_goes_on(
     assert epochs[-1] == 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_test_pictures_are_judged(
+    crosspatch, pictures, tmp_path, monkeypatch, number
+) -> None:
+    before, show = signal.getsignal(signal.SIGTERM), Screen.progress
+
+    def stop(screen: Screen, what: str, done: int, total: int) -> None:
+        show(screen, what, done, total)
+        if what == "testing":
+            signal.raise_signal(number)
+
+    run, words = tmp_path / "run", ("train", pictures, "--epochs", 1, "--out", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Screen, "progress", stop)
+        stopped = crosspatch(*words)
+    assert stopped.code == 4
+    name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+    assert f"stopped by {name}" in stopped.err
+    assert f"--out {run} --resume" in stopped.err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (run / "report.json").exists()
+    assert crosspatch(*words, "--resume").code == 0
+    assert (run / "report.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_pictures_are_read_leaves_nothing(
+    crosspatch, pictures, tmp_path, monkeypatch, number
+) -> None:
+    stop = lambda *_: signal.raise_signal(number)
+    monkeypatch.setattr(Screen, "progress", stop)
+    stopped = crosspatch("train", pictures, "--epochs", 1, "--out", tmp_path / "run")
+    assert stopped.code == 4
+    assert "--resume" not in stopped.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_hostile_files_are_listed_and_the_good_ones_trained_on(crosspatch, tmp_path) -> None:
     data, run = tmp_path / "photos", tmp_path / "run"
     good, bad = write_hostile_folder(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from crosspatch.errors import Interrupted, UsageError
+from crosspatch.training import loop
 from crosspatch.training.loop import Silent
 from crosspatch.training.package import load_model
 from crosspatch.training.state import BEFORE, LAST, load_state
@@ -154,6 +156,22 @@ def test_a_signal_saves_at_the_next_step(train, number):
     with pytest.raises(Interrupted, match=f"{signal.Signals(number).name} at step 1[01] of 30"):
         train("cut", stop)
     assert signal.getsignal(number) is before
+    same(whole, train("cut", resume=True)[0])
+
+
+def test_a_signal_does_not_wait_for_a_slow_validation(train, monkeypatch):
+    whole, _ = train("whole")
+
+    def slow(*given, **how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2000):
+            time.sleep(0.01)
+        raise AssertionError("it waited")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "predict_probabilities", slow)
+        with pytest.raises(Interrupted, match="SIGTERM at step 7 of 30"):
+            train("cut")
     same(whole, train("cut", resume=True)[0])
 
 

@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -119,14 +123,38 @@ def train(
         model = overrides.get("model")
         if model and not list_models(model.split(".")[0]):
             create_model(model)  # refuses the name, before any picture is read
-        try:
+        with _resumable(words.command("crosspatch", "train", data, "--out", out, "--resume"), out):
             summary = train_run(data, out, overrides, screen, folder.resume, folder.overwrite)
-        except Interrupted as stop:
-            do = words.command("crosspatch", "train", data, "--out", out, "--resume")
-            raise Interrupted(stop.got, stop.expected, do) from stop
     if output.json:
         print_json(summary)
     return 0
+
+
+@contextmanager
+def _resumable(do: str, out: Path) -> Iterator[None]:
+    """However the run in `out` is stopped: `do` is what continues it, once it was begun.
+
+    The steps save when a signal comes; outside of them SIGTERM ends the command as Ctrl-C does.
+    """
+    name, main = "Ctrl-C", threading.current_thread() is threading.main_thread()
+
+    def end(number: int, frame: object) -> None:
+        nonlocal name
+        name = "SIGTERM"
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end) if main else None
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(stop.got, stop.expected, do) from stop
+    except KeyboardInterrupt as stop:
+        if not (out / "config.toml").is_file():
+            raise
+        raise Interrupted(f"stopped by {name}", f"{out} holds what was done", do) from stop
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _typed(options: Budget | Choices) -> dict:

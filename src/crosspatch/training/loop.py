@@ -98,10 +98,14 @@ class Outcome:
 
 
 class _Signals:
-    """Turns the first SIGINT or SIGTERM into a wish to stop; the second one ends the process."""
+    """Turns the first SIGINT or SIGTERM into a wish to stop; the second one ends the process.
+
+    A step is finished first; where `at_once` is set the wish raises `Stopped` on the spot.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.at_once = False
 
     @contextmanager
     def caught(self) -> Iterator[_Signals]:
@@ -114,6 +118,8 @@ class _Signals:
             self.name = signal.Signals(number).name
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self.at_once:
+                raise Stopped
 
         for number in before:
             signal.signal(number, wish)
@@ -281,15 +287,19 @@ class _Fit:
     def _validate(self) -> dict[str, Any]:
         self.stepper.watch.check()
         r = self.recipe
-        probs = predict_probabilities(
-            self.stepper.evaluated,
-            self.val,
-            r.eval_batch,
-            device=self.stepper.device,
-            precision=r.precision,
-            workers=r.workers,
-            stop=lambda: self.signals.name is not None,
-        )
+        self.signals.at_once = True  # a batch here can take longer than who stops us will wait
+        try:
+            probs = predict_probabilities(
+                self.stepper.evaluated,
+                self.val,
+                r.eval_batch,
+                device=self.stepper.device,
+                precision=r.precision,
+                workers=r.workers,
+                stop=lambda: self.signals.name is not None,
+            )
+        finally:
+            self.signals.at_once = False
         bad = (~probs.isfinite().all(1)).nonzero().flatten()
         if len(bad):
             spoilt = len(bad) == len(probs)  # by a step, not by pictures
