@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -26,12 +27,14 @@ OURS = (
       for kind in ("", "-int8", "-int8-static") for end in (".onnx", ".xml", ".bin", ".pt2")),
 )  # fmt: skip
 """What a run's folder may hold, bundles made of it included; `overwrite` removes it."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RunFolder:
     """A run's folder, locked for this process while it trains.
 
-    Use `create` or `open`; leave it with `close` or as a context manager.
+    Use `create` or `open`; leave it with `close` or as a context manager, which turns a full disk
+    into a UsageError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -141,8 +144,14 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise UsageError(
+                f"{self.path} cannot be written: {error.strerror}",
+                "room on the disk; what was saved before is whole",
+                "make room, then continue with --resume",
+            ) from error
 
     @property
     def config_path(self) -> Path:
