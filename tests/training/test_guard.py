@@ -222,6 +222,19 @@ def test_validation_pictures_that_the_model_cannot_judge_are_named(train, images
     assert outcome.steps == 30
 
 
+def test_a_run_that_was_made_longer_goes_back_to_its_first_end(train, spoil, make_recipe):
+    spoil(at=33, most=0.5)
+    longer = make_recipe().longer(44)
+    for name in ("whole", "cut"):
+        train(name)
+    whole, outcome = train("whole", resume=True, use=longer)
+    assert outcome.steps == 44
+    assert {row["back_to"] for row in nan_table(whole)} == {"30"}
+    with pytest.raises(Interrupted):
+        train("cut", Stop(32, halt()), resume=True, use=longer)
+    same(whole, train("cut", resume=True, use=longer)[0])
+
+
 def test_a_wish_to_stop_at_a_bad_step_leaves_a_good_state(train, spoil, monkeypatch):
     monkeypatch.setattr(Stepper, "reads_each_step", False)
     spoil(most=0.5)

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from crosspatch.training.optim import Ema, ema_decay, make_optimiser, rate, set_rate, split_decay
+from crosspatch.training.optim import (
+    AGAIN,
+    Ema,
+    ema_decay,
+    make_optimiser,
+    rate,
+    set_rate,
+    split_decay,
+    staged_rate,
+)
 
 
 def test_rate_by_hand():
@@ -30,6 +39,19 @@ def test_rate_rises_then_falls(steps, part):
     assert all(value > 0 for value in found)
     assert found[: warmup + 1] == sorted(found[: warmup + 1])
     assert found[warmup:] == sorted(found[warmup:], reverse=True)
+
+
+def test_a_longer_run_keeps_the_rates_it_had_and_rises_once_more():
+    how = {"warmup": 3, "peak": 1.0, "floor": 0.1}
+    plain = [rate(step, steps=30, **how) for step in range(30)]
+    longer = [staged_rate(step, stages=(30,), steps=50, **how) for step in range(50)]
+    assert longer[:30] == plain
+    assert longer[30:] == [
+        rate(step, steps=20, warmup=2, peak=AGAIN, floor=0.1) for step in range(20)
+    ]
+    assert [staged_rate(step, stages=(), steps=30, **how) for step in range(30)] == plain
+    low = [staged_rate(s, stages=(30,), steps=50, warmup=3, peak=0.1, floor=0.1) for s in (31, 49)]
+    assert low == [0.1 * 2 / 3, 0.1]
 
 
 def test_ema_decay_is_scaled_to_the_run():

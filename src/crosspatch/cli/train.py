@@ -47,7 +47,7 @@ class Budget:
     """Fit the whole run into this time: 90s, 10m, 1.5h."""
 
     epochs: Annotated[int | None, at_least(1, "--epochs 10")] = None
-    """Times that every picture is seen."""
+    """Times that every picture is seen. With --resume, a run that has ended goes on to so many."""
 
 
 @Parameter(name="*", group=_CHOICES)

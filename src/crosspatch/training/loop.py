@@ -366,14 +366,29 @@ class _Fit:
         tensors, meta, remarks = found
         for remark in remarks:
             self.reporter.message(remark)
-        self._compare(meta)
+        longer = self._longer(meta)
+        if not longer:
+            self._compare(meta)
         self.stepper.restore(tensors, meta["stepper"])
         self.step, self.rows = meta["step"], meta["rows"]
         self.clock.before = meta["elapsed"]
+        if longer:  # from here on there is a state of the longer run to go back to
+            self._save()
+            keep_good(self.run.last)
         self.reporter.message(f"Continues at step {self.step:,} of {self.recipe.steps:,}.")
 
+    def _longer(self, meta: dict[str, Any]) -> bool:
+        """Whether the state is the end of this run before it was made longer."""
+        before = self.recipe.shorter
+        return (
+            before is not None
+            and meta["step"] == before.steps
+            and Recipe.from_dict(meta["recipe"]) == before
+            and meta.get("fingerprint") == self.facts.get("fingerprint")
+        )
+
     def _compare(self, meta: dict[str, Any]) -> None:
-        now, then = self.recipe.to_dict(), meta["recipe"]
+        now, then = self.recipe.to_dict(), Recipe.from_dict(meta["recipe"]).to_dict()
         changed = [
             f"{key} {then.get(key)} -> {now.get(key)}"
             for key in sorted(now.keys() | then.keys())

@@ -29,7 +29,8 @@ class Recipe:
     distribution; eval_every: epochs between validations; time_budget: seconds asked for, or None;
     threads: CPU threads (numbers differ between thread counts); linear: whether large products go
     through oneDNN (`layers.linear`), "on" or "off" once a run has begun; workers: loader processes,
-    used when the pictures do not fit into memory.
+    used when the pictures do not fit into memory; stages: steps at which the run had ended before
+    it was made longer.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Recipe:
     eval_every: int = 1
     eval_batch: int = 256
     time_budget: float | None = None
+    stages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch", "steps", "steps_per_epoch", "threads", "eval_every", "eval_batch"):
@@ -100,9 +102,21 @@ class Recipe:
         )
 
     def evaluations(self) -> list[int]:
-        """The steps after which validation is due: every `eval_every` epochs and at the end."""
+        """The steps after which validation is due: every `eval_every` epochs and at each end."""
         every = self.steps_per_epoch * self.eval_every
-        return [*range(every, self.steps, every), self.steps]
+        return sorted({*range(every, self.steps, every), *self.stages, self.steps})
+
+    def longer(self, steps: int) -> Recipe:
+        """The recipe of a run that has ended and goes on to `steps`: see `optim.staged_rate`."""
+        return dataclasses.replace(self, steps=steps, stages=(*self.stages, self.steps))
+
+    @property
+    def shorter(self) -> Recipe | None:
+        """What the recipe was before it was made longer, or None."""
+        if not self.stages:
+            return None
+        *before, steps = self.stages
+        return dataclasses.replace(self, steps=steps, stages=tuple(before))
 
     def to_dict(self) -> dict[str, Any]:
         """A dict for TOML and JSON: lists for tuples, and nothing for None."""

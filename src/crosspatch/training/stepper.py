@@ -23,7 +23,7 @@ from crosspatch.errors import UsageError
 from crosspatch.layers import linear
 from crosspatch.objectives import Inputs, Objective
 from crosspatch.training.guard import Cut, NotFinite, Watch, factor, spoilt
-from crosspatch.training.optim import FOREACH, Ema, ema_decay, make_optimiser, rate, set_rate
+from crosspatch.training.optim import FOREACH, Ema, ema_decay, make_optimiser, set_rate, staged_rate
 from crosspatch.training.recipe import Recipe
 
 FABRIC_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -113,7 +113,9 @@ class Stepper:
     def lr(self, step: int) -> float:
         """The rate of a step, from 0."""
         r = self.recipe
-        planned = rate(step, steps=r.steps, warmup=r.warmup, peak=r.lr, floor=r.min_lr)
+        planned = staged_rate(
+            step, stages=r.stages, steps=r.steps, warmup=r.warmup, peak=r.lr, floor=r.min_lr
+        )
         return planned * factor(self.cuts, step)
 
     def step(self, batch: Batch, epoch: int, step: int) -> None:
