@@ -251,3 +251,26 @@ def test_a_val_class_that_train_lacks(crosspatch, tmp_path) -> None:
     answer = crosspatch("train", tmp_path / "data", "--out", tmp_path / "run")
     assert_refused(answer, 3, "'dogs', which train lacks", "Rename")
     assert "dog" in answer.err.splitlines()[1]
+
+
+def test_a_loss_that_stays_nan_ends_in_three_lines_and_a_table(
+    crosspatch, two_classes, tmp_path, monkeypatch
+) -> None:
+    from crosspatch.objectives.supervised import Supervised
+
+    real = Supervised.forward
+
+    def spoilt(objective, inputs, progress):
+        out = real(objective, inputs, progress)
+        return {**out, "loss": out["loss"] * float("nan")} if progress else out
+
+    monkeypatch.setattr(Supervised, "forward", spoilt)
+    run = tmp_path / "run"
+    answer = crosspatch("train", two_classes, "--epochs", 2, "--batch", 4, "--out", run)
+    assert_refused(answer, 2, "the loss became nan at step 2 (", "--lr")
+    tries = [line for line in answer.out.splitlines() if line.startswith("Back to step 0: ")]
+    assert [line.split("(try ")[1] for line in tries] == ["1 of 3).", "2 of 3).", "3 of 3)."]
+    with (run / "nan.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 4
+    assert all((two_classes / row["path"]).is_file() for row in rows)
