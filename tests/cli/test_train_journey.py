@@ -118,6 +118,43 @@ def test_a_probe_of_a_run_is_a_run_that_the_other_verbs_read(
     assert_refused(crosspatch(*words[:2], "--weights", digits_run), 2, "recipe small", "probe")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_test_pictures_are_judged(
+    crosspatch, pictures, tmp_path, monkeypatch, number
+) -> None:
+    before, show = signal.getsignal(signal.SIGTERM), Screen.progress
+
+    def stop(screen: Screen, what: str, done: int, total: int) -> None:
+        show(screen, what, done, total)
+        if what == "testing":
+            signal.raise_signal(number)
+
+    run, words = tmp_path / "run", ("train", pictures, "--epochs", 1, "--out", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Screen, "progress", stop)
+        stopped = crosspatch(*words)
+    assert stopped.code == 4
+    name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+    assert f"stopped by {name}" in stopped.err
+    assert f"--out {run} --resume" in stopped.err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (run / "report.json").exists()
+    assert crosspatch(*words, "--resume").code == 0
+    assert (run / "report.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_pictures_are_read_leaves_nothing(
+    crosspatch, pictures, tmp_path, monkeypatch, number
+) -> None:
+    stop = lambda *_: signal.raise_signal(number)
+    monkeypatch.setattr(Screen, "progress", stop)
+    stopped = crosspatch("train", pictures, "--epochs", 1, "--out", tmp_path / "run")
+    assert stopped.code == 4
+    assert "--resume" not in stopped.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_hostile_files_are_listed_and_the_good_ones_trained_on(crosspatch, tmp_path) -> None:
     data, run = tmp_path / "photos", tmp_path / "run"
     good, bad = write_hostile_folder(data)
@@ -235,3 +272,26 @@ def test_a_val_class_that_train_lacks(crosspatch, tmp_path) -> None:
     answer = crosspatch("train", tmp_path / "data", "--out", tmp_path / "run")
     assert_refused(answer, 3, "'dogs', which train lacks", "Rename")
     assert "dog" in answer.err.splitlines()[1]
+
+
+def test_a_loss_that_stays_nan_ends_in_three_lines_and_a_table(
+    crosspatch, two_classes, tmp_path, monkeypatch
+) -> None:
+    from crosspatch.objectives.supervised import Supervised
+
+    real = Supervised.forward
+
+    def spoilt(objective, inputs, progress):
+        out = real(objective, inputs, progress)
+        return {**out, "loss": out["loss"] * float("nan")} if progress else out
+
+    monkeypatch.setattr(Supervised, "forward", spoilt)
+    run = tmp_path / "run"
+    answer = crosspatch("train", two_classes, "--epochs", 2, "--batch", 4, "--out", run)
+    assert_refused(answer, 2, "the loss became nan at step 2 (", "--lr")
+    tries = [line for line in answer.out.splitlines() if line.startswith("Back to step 0: ")]
+    assert [line.split("(try ")[1] for line in tries] == ["1 of 3).", "2 of 3).", "3 of 3)."]
+    with (run / "nan.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 4
+    assert all((two_classes / row["path"]).is_file() for row in rows)

@@ -10,7 +10,10 @@ from torch import nn
 from crosspatch.data.augment import AugmentConfig
 from crosspatch.data.prepare import prepare
 from crosspatch.data.sources import Item, Source
+from crosspatch.training.loop import fit
+from crosspatch.training.objective import make_objective
 from crosspatch.training.recipe import Recipe
+from crosspatch.training.run import RunFolder
 
 
 class Stripes(Source):
@@ -98,3 +101,20 @@ def recipe():
 @pytest.fixture
 def make_recipe():
     return tiny_recipe
+
+
+@pytest.fixture
+def train(images, recipe, tmp_path):
+    """Trains `recipe` in folder `name`; every step is reported."""
+    torch.set_num_threads(1)
+
+    def call(name, reporter=None, resume=False, use=recipe, **how):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        parts = images.subset(order[:58].numpy()), images.subset(order[58:].numpy())
+        with RunFolder.create(tmp_path / name, resume=resume) as run:
+            run.write_config({})
+            how = {"report_seconds": 0.0, "facts": {"fingerprint": "f"}, **how}
+            objective = make_objective(use, images.classes)
+            return run, fit(use, objective, *parts, run, reporter, resume=resume, **how)
+
+    return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,40 @@ def wait_for_state(folder, process):
         time.sleep(0.02)
 
 
+FULL = """
+mount -t tmpfs -o size={small}k full {disk} || exit 77
+"$0" -c "$1" {disk}/run 2> {disk}.log; echo $? > {disk}.code
+cp -r {disk}/run {out}
+mount -o remount,size=1g {disk} && "$0" -c "$1" {disk}/run resume && cp -r {disk}/run {after}
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a mount of its own")
+@pytest.mark.parametrize("states", [0.9, 2.2])
+def test_a_full_disk_stops_and_leaves_what_was_saved(whole, tmp_path, states):
+    """A small tmpfs that only the process below sees, later made larger."""
+    state = (whole / "last" / "last.safetensors").stat().st_size
+    disk, out, after = (tmp_path / name for name in ("disk", "out", "after"))
+    disk.mkdir()
+    small = int(states * state + 2 * sum(f.stat().st_size for f in (whole / "model").iterdir()))
+    script = FULL.format(small=small // 1024, disk=disk, out=out, after=after)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, sys.executable, TRAIN]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    if not out.exists():
+        pytest.skip(f"no mount of its own here: {done.stderr}")
+    said = disk.with_suffix(".log").read_text()
+    assert disk.with_suffix(".code").read_text() == "2\n", said
+    assert "cannot be written" in said
+    assert "--resume" in said
+    assert not list(out.rglob(".writing-*.safetensors"))
+    saved = load_state(out / "last")
+    assert saved is None if states < 1 else 0 < saved[1]["step"] < 114
+    assert done.returncode == 0, done.stderr
+    same(whole, after)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_process_is_resumable_and_ends_equal(whole, tmp_path, number):
@@ -81,7 +116,7 @@ def test_a_stopped_process_is_resumable_and_ends_equal(whole, tmp_path, number):
     process = start(folder)
     wait_for_state(folder, process)
     process.send_signal(number)
-    assert process.wait(60) == 4
+    assert process.wait(10) == 4  # seconds
     assert "--resume" in said(folder).read_text()
     assert load_state(folder / "last")[1]["step"] < 114
     process = start(folder, "resume")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import math
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,73 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from crosspatch.errors import Interrupted, UsageError
-from crosspatch.training.loop import Silent, fit
-from crosspatch.training.objective import make_objective
+from crosspatch.training import loop
+from crosspatch.training.loop import Silent
 from crosspatch.training.package import load_model
-from crosspatch.training.run import RunFolder
 from crosspatch.training.state import BEFORE, LAST, load_state, save_state
-
-TIMES = ("elapsed", "images_per_second", "remaining")
-
-
-class Stop(Silent):
-    """Raises `error` after step `at`; counts what it is told."""
-
-    def __init__(self, at: int | None = None, error: BaseException | None = None, hook=None):
-        self.at, self.error, self.hook = at, error, hook
-        self.steps, self.rows, self.messages = [], [], []
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def step(self, done, total, loss, images_per_second):
-        self.steps.append(done)
-        if done == self.at:
-            if self.hook is not None:
-                self.hook()
-            if self.error is not None:
-                raise self.error
-
-    def epoch(self, row):
-        self.rows.append(row)
-
-
-def halt():
-    return Interrupted("stop", "x", "y")
-
-
-@pytest.fixture
-def train(images, recipe, tmp_path):
-    """Trains `recipe` in folder `name`; every step is reported."""
-    torch.set_num_threads(1)
-
-    def call(name, reporter=None, resume=False, use=recipe, **how):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        parts = images.subset(order[:58].numpy()), images.subset(order[58:].numpy())
-        with RunFolder.create(tmp_path / name, resume=resume) as run:
-            run.write_config({})
-            how = {"report_seconds": 0.0, "facts": {"fingerprint": "f"}, **how}
-            objective = make_objective(use, images.classes)
-            return run, fit(use, objective, *parts, run, reporter, resume=resume, **how)
-
-    return call
-
-
-def table(run):
-    with (run.path / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-def same(one, two):
-    """Both runs ended with the same weights, averages, moments and rows, bit for bit."""
-    assert table(one) == table(two)
-    first, second = (load_state(run.last)[0] for run in (one, two))
-    assert first.keys() == second.keys()
-    different = [k for k in first if not torch.equal(first[k], second[k])]
-    assert different == []
-    best = [load_file(run.model / "model.safetensors") for run in (one, two)]
-    assert all(torch.equal(best[0][k], best[1][k]) for k in best[0])
+from support.loops import Stop, halt, same, table
 
 
 def test_it_learns_and_reports(train, make_recipe):
@@ -222,6 +159,22 @@ def test_a_signal_saves_at_the_next_step(train, number):
     same(whole, train("cut", resume=True)[0])
 
 
+def test_a_signal_does_not_wait_for_a_slow_validation(train, monkeypatch):
+    whole, _ = train("whole")
+
+    def slow(*given, **how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2000):
+            time.sleep(0.01)
+        raise AssertionError("it waited")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "predict_probabilities", slow)
+        with pytest.raises(Interrupted, match="SIGTERM at step 7 of 30"):
+            train("cut")
+    same(whole, train("cut", resume=True)[0])
+
+
 def test_a_second_signal_quits_without_a_state(train):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
@@ -237,22 +190,6 @@ def test_it_trains_outside_the_main_thread(train):
     worker.start()
     worker.join()
     assert found[0].steps == 30
-
-
-def test_a_loss_that_is_not_finite_stops_and_is_not_saved(train, tmp_path, monkeypatch):
-    from crosspatch.tasks.classify import Classify
-
-    real, calls = Classify.loss, []
-
-    def spoilt(self, logits, targets):
-        calls.append(1)
-        return real(self, logits, targets) * (math.nan if len(calls) == 12 else 1)
-
-    monkeypatch.setattr(Classify, "loss", spoilt)
-    with pytest.raises(UsageError, match=r"nan by step 12.*--lr") as error:
-        train("cut", save_long_seconds=0.0)
-    assert error.value.exit_code == 2
-    assert load_state(tmp_path / "cut" / "last")[1]["step"] == 11
 
 
 def test_no_average_no_clipping_and_fewer_pictures_than_a_batch(train, make_recipe):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from crosspatch.training.optim import (
+    AGAIN,
     Ema,
     ema_decay,
     epoch_rate,
@@ -18,6 +19,7 @@ from crosspatch.training.optim import (
     rate,
     set_rate,
     split_decay,
+    staged_rate,
 )
 from support import goldens
 
@@ -46,6 +48,19 @@ def test_rates_of_epochs_are_those_of_deit():
     how = {"epochs": 300, "warmup": 5, "peak": 1e-3, "floor": 1e-5, "start": 1e-6}
     found = [epoch_rate(epoch, **how) for epoch in range(300)]
     assert found == pytest.approx(wanted.tolist(), rel=1e-12)
+
+
+def test_a_longer_run_keeps_the_rates_it_had_and_rises_once_more():
+    how = {"warmup": 3, "peak": 1.0, "floor": 0.1}
+    plain = [rate(step, steps=30, **how) for step in range(30)]
+    longer = [staged_rate(step, stages=(30,), steps=50, **how) for step in range(50)]
+    assert longer[:30] == plain
+    assert longer[30:] == [
+        rate(step, steps=20, warmup=2, peak=AGAIN, floor=0.1) for step in range(20)
+    ]
+    assert [staged_rate(step, stages=(), steps=30, **how) for step in range(30)] == plain
+    low = [staged_rate(s, stages=(30,), steps=50, warmup=3, peak=0.1, floor=0.1) for s in (31, 49)]
+    assert low == [0.1 * 2 / 3, 0.1]
 
 
 def test_ema_decay_is_scaled_to_the_run():

@@ -51,5 +51,8 @@ def test_evaluations_are_due_after_epochs_and_at_the_end(make_recipe):
     assert make_recipe(eval_every=2).evaluations() == [14, 28, 30]
     assert make_recipe(steps=28).evaluations() == [7, 14, 21, 28]
     assert make_recipe(steps=3).evaluations() == [3]
+    assert make_recipe().longer(40).evaluations() == [7, 14, 21, 28, 30, 35, 40]
+    assert make_recipe().longer(40).longer(50).shorter.shorter == make_recipe()
+    assert make_recipe().shorter is None
     assert make_recipe().epochs == 5
     assert make_recipe(steps=28).epochs == 4

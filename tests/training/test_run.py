@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -81,6 +83,18 @@ def test_tables_and_texts(tmp_path):
     run.config_path.write_text("a = [")
     with pytest.raises(DataError, match=r"config\.toml cannot be read"):
         run.read_config()
+
+
+def test_a_full_disk_is_said_whatever_was_being_written(tmp_path):
+    def write(number):
+        with RunFolder.create(tmp_path / str(number)) as run:
+            run.write_config({})
+            raise OSError(number, os.strerror(number), "metrics.csv")
+
+    for number, expected in ((errno.ENOSPC, UsageError), (errno.EIO, OSError)):
+        with pytest.raises(expected, match=os.strerror(number)):
+            write(number)
+        RunFolder.create(tmp_path / str(number), resume=True).close()
 
 
 @pytest.fixture

@@ -126,6 +126,32 @@ def test_resume_refuses_other_settings_and_other_data(opened, tmp_path, monkeypa
         train_run("stripes", tmp_path / "r", {}, Told(), resume=True)
 
 
+def test_a_run_that_has_ended_goes_on_to_more_epochs(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "fit", partial(session.fit, report_seconds=0.0))
+    for name in ("whole", "cut"):
+        first = train_run("stripes", tmp_path / name, TINY, Told())
+    with pytest.raises(UsageError, match=r"--epochs 2, and the run has ended after 3"):
+        train_run("stripes", tmp_path / "cut", {"epochs": 2}, Told(), resume=True)
+    told = Told()
+    whole = train_run("stripes", tmp_path / "whole", {"epochs": 5}, told, resume=True)
+    assert (whole["epochs"], whole["steps"]) == (5, first["steps"] // 3 * 5)
+    assert any("Goes on to 5 epochs" in text and "0.0025" in text for text in told.texts)
+    with pytest.raises(Interrupted):
+        train_run("stripes", tmp_path / "cut", {"epochs": 5}, Told(stop_at=22), resume=True)
+    assert not (tmp_path / "cut" / "report.json").exists()
+    with pytest.raises(UsageError, match=r"--epochs 9 \(was 5\)"):
+        train_run("stripes", tmp_path / "cut", {"epochs": 9}, Told(), resume=True)
+    cut = train_run("stripes", tmp_path / "cut", {}, Told(), resume=True)
+    assert {k: cut[k] for k in ("val", "test", "steps")} == {
+        k: whole[k] for k in ("val", "test", "steps")
+    }
+    rates = [row["lr"] for row in json.loads((tmp_path / "cut/report.json").read_text())["history"]]
+    assert rates == sorted(rates[:3], reverse=True) + sorted(rates[3:], reverse=True)
+    assert rates[2] < rates[3] < 0.0025
+    third = train_run("stripes", tmp_path / "cut", {"epochs": 6}, Told(), resume=True)
+    assert third["steps"] == first["steps"] * 2
+
+
 def test_unreadable_pictures_are_left_out_everywhere(opened, tmp_path, monkeypatch):
     bad = {0, 30, 71}
     real = type(opened).read

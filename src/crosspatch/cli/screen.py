@@ -98,7 +98,7 @@ class Screen:
         now = time.monotonic()
         self._first = self._first or (done, now)
         made, took = done - self._first[0], now - self._first[1]
-        left = f"{words.duration(took / made * (total - done))} left" if made else ""
+        left = f"{words.duration(took / made * (total - done))} left" if made > 0 else ""
         self._bar("training", done, total, f"step {done:,}/{total:,}  loss {loss:.3f}  {left}")
 
     def _bar(self, what: str, done: int, total: int, note: str) -> None:

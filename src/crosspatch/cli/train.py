@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,7 +57,7 @@ class Budget:
     """Fit the whole run into this time: 90s, 10m, 1.5h."""
 
     epochs: Annotated[int | None, at_least(1, "--epochs 10")] = None
-    """Times that every picture is seen."""
+    """Times that every picture is seen. With --resume, a run that has ended goes on to so many."""
 
 
 @Parameter(name="*", group=_CHOICES)
@@ -146,16 +150,40 @@ def train(
         model = overrides.get("model")
         if model and not list_models(model.split(".")[0]):
             create_model(model)  # refuses the name, before any picture is read
-        try:
+        with _resumable(words.command("crosspatch", "train", data, "--out", out, "--resume"), out):
             summary = train_run(
                 data, out, overrides, screen, folder.resume, folder.overwrite, reading
             )
-        except Interrupted as stop:
-            do = words.command("crosspatch", "train", data, "--out", out, "--resume")
-            raise Interrupted(stop.got, stop.expected, do) from stop
     if output.json:
         print_json(summary)
     return 0
+
+
+@contextmanager
+def _resumable(do: str, out: Path) -> Iterator[None]:
+    """However the run in `out` is stopped: `do` is what continues it, once it was begun.
+
+    The steps save when a signal comes; outside of them SIGTERM ends the command as Ctrl-C does.
+    """
+    name, main = "Ctrl-C", threading.current_thread() is threading.main_thread()
+
+    def end(number: int, frame: object) -> None:
+        nonlocal name
+        name = "SIGTERM"
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end) if main else None
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(stop.got, stop.expected, do) from stop
+    except KeyboardInterrupt as stop:
+        if not (out / "config.toml").is_file():
+            raise
+        raise Interrupted(f"stopped by {name}", f"{out} holds what was done", do) from stop
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def default_out(data: str, resume: bool, base: Path = Path("runs")) -> Path:

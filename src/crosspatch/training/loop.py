@@ -3,7 +3,8 @@
 
 A state is saved at ends of epochs (not more often than every `SAVE_SECONDS`), inside epochs every
 `SAVE_LONG_SECONDS`, at the end, and on SIGINT or SIGTERM. A run that is killed at any moment and
-resumed ends with the numbers of one that was not (same machine, same thread count).
+resumed ends with the numbers of one that was not (same machine, same thread count). When a loss is
+not finite the run goes back and on with a lower rate: see `training.guard`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from crosspatch.data.loading import train_batches
 from crosspatch.data.prepare import ImageSet
 from crosspatch.errors import Interrupted, UsageError
 from crosspatch.objectives import Objective
 from crosspatch.training.evaluation import Stopped, predict_probabilities
+from crosspatch.training.guard import (
+    CUT,
+    NAN_COLUMNS,
+    TRIES,
+    NotFinite,
+    boundary,
+    describe,
+    give_up,
+    good_state,
+    nan_rows,
+)
 from crosspatch.training.package import model_config, save_model
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.run import RunFolder
-from crosspatch.training.state import load_state, save_state
+from crosspatch.training.state import GOOD, LAST, keep_good, load_state, save_state
 from crosspatch.training.stepper import Stepper
 
 SAVE_SECONDS = 15.0
@@ -84,10 +98,14 @@ class Outcome:
 
 
 class _Signals:
-    """Turns the first SIGINT or SIGTERM into a wish to stop; the second one ends the process."""
+    """Turns the first SIGINT or SIGTERM into a wish to stop; the second one ends the process.
+
+    A step is finished first; where `at_once` is set the wish raises `Stopped` on the spot.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.at_once = False
 
     @contextmanager
     def caught(self) -> Iterator[_Signals]:
@@ -100,6 +118,8 @@ class _Signals:
             self.name = signal.Signals(number).name
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self.at_once:
+                raise Stopped
 
         for number in before:
             signal.signal(number, wish)
@@ -154,16 +174,55 @@ class _Fit:
         """Train to the end from wherever the state stands."""
         with self.signals.caught():
             try:
-                self._evaluate_if_due()
-                while self.step < self.recipe.steps:
-                    self._train_epoch()
-                    if not self._evaluate_if_due():
-                        self._tell(self._row(self.clock.speed(), None))
+                if self.step == 0:
+                    self._save(GOOD)
+                while not self._done():
+                    pass
             except (Interrupted, Stopped) as stop:
                 self._stop(stop)
-            self._save()
         return Outcome(
             self.best(), self.rows[-1], self.rows, self.step, round(self.clock.elapsed(), 3)
+        )
+
+    def _done(self) -> bool:
+        """Train to the end and save; False when the run had to go back."""
+        try:
+            self._evaluate_if_due()
+            while self.step < self.recipe.steps:
+                self._train_epoch()
+                if not self._evaluate_if_due():
+                    self._tell(self._row(self.clock.speed(), None))
+            self._save()
+        except NotFinite as found:
+            self._go_back(found)
+            return False
+        return True
+
+    def _go_back(self, found: NotFinite) -> None:
+        """Name the pictures, return to the last validation and lower the rate from there on.
+
+        Raises UsageError after `TRIES` times, and when no state is left to go back to.
+        """
+        pictures = self.val if found.what == "validation" else self.train
+        keys = pictures.subset(found.index).keys
+        number, back = len(self.stepper.cuts) + 1, boundary(self.due, found.step)
+        self.run.note_nan(NAN_COLUMNS, nan_rows(found, number, back, keys))
+        cuts = [*self.stepper.cuts, (back, CUT)]
+        same = {"recipe": self.recipe.to_dict(), "fingerprint": self.facts.get("fingerprint")}
+        state = good_state(self.run.last, back, cuts, same) if number <= TRIES else None
+        if state is None:
+            table, left = self.run.path / "nan.csv", number <= TRIES
+            raise give_up(found, keys, self.recipe.lr, table, stateless=left) from found
+        tensors, meta = state
+        self.stepper.restore(tensors, meta["stepper"])
+        self.stepper.cuts = cuts
+        self.step, self.rows = meta["step"], meta["rows"]
+        self.run.write_metrics(self.rows)
+        self._save()
+        self.reporter.message(
+            f"Back to step {self.step:,}: {describe(found, keys)}. All are listed in nan.csv. From "
+            f"step {back:,} on the rate is {CUT**number:g} of the planned one (try {number} of "
+            f"{TRIES})."
         )
 
     def best(self) -> dict[str, Any]:
@@ -199,6 +258,8 @@ class _Fit:
 
     def _after_step(self) -> None:
         now = time.perf_counter()
+        if self.stepper.reads_each_step:
+            self.stepper.watch.check()
         if self.signals.name is not None:
             raise Stopped
         if now - self.clock.reported >= self.report_seconds or self.step == self.recipe.steps:
@@ -224,22 +285,33 @@ class _Fit:
         self._tell(row)
         if time.perf_counter() - self.clock.saved >= self.save_seconds:
             self._save()
+            keep_good(self.run.last)
         return True
 
     def _tell(self, row: dict[str, Any]) -> None:
         self.reporter.epoch({**row, "remaining": self._remaining()})
 
     def _validate(self) -> dict[str, Any]:
+        self.stepper.watch.check()
         r = self.recipe
-        probs = predict_probabilities(
-            self.stepper.evaluated,
-            self.val,
-            r.eval_batch,
-            device=self.stepper.device,
-            precision=r.precision,
-            workers=r.workers,
-            stop=lambda: self.signals.name is not None,
-        )
+        self.signals.at_once = True  # a batch here can take longer than who stops us will wait
+        try:
+            probs = predict_probabilities(
+                self.stepper.evaluated,
+                self.val,
+                r.eval_batch,
+                device=self.stepper.device,
+                precision=r.precision,
+                workers=r.workers,
+                stop=lambda: self.signals.name is not None,
+            )
+        finally:
+            self.signals.at_once = False
+        bad = (~probs.isfinite().all(1)).nonzero().flatten()
+        if len(bad):
+            spoilt = len(bad) == len(probs)  # by a step, not by pictures
+            what, index = ("weights", self.stepper.watch.last) if spoilt else ("validation", bad)
+            raise NotFinite(self.step - 1, what, torch.nan, index)
         return self.task.metrics(probs, self.val.labels)
 
     def _row(self, speed: float, figures: dict[str, Any] | None) -> dict[str, Any]:
@@ -266,8 +338,9 @@ class _Fit:
         """Seconds to the end at the pace so far, validation and saving included."""
         return self.clock.elapsed() / self.step * (self.recipe.steps - self.step)
 
-    def _save(self) -> None:
+    def _save(self, name: str = LAST) -> None:
         self.stepper.mean_loss(self.step)
+        self.stepper.check_weights(self.step)
         meta = {
             **self.facts,
             "step": self.step,
@@ -276,11 +349,14 @@ class _Fit:
             "recipe": self.recipe.to_dict(),
             "stepper": self.stepper.numbers(),
         }
-        save_state(self.run.last, self.stepper.tensors(), meta)
+        save_state(self.run.last, self.stepper.tensors(), meta, name)
         self.clock.saved = time.perf_counter()
 
     def _stop(self, cause: BaseException) -> None:
-        self._save()
+        try:
+            self._save()
+        except NotFinite as found:
+            self._go_back(found)
         why = self.signals.name or "the program that watches it"
         raise Interrupted(
             f"stopped by {why} at step {self.step:,} of {self.recipe.steps:,}",
@@ -297,11 +373,26 @@ class _Fit:
         tensors, meta, remarks = found
         for remark in remarks:
             self.reporter.message(remark)
-        self._compare(meta)
+        longer = self._longer(meta)
+        if not longer:
+            self._compare(meta)
         self.stepper.restore(tensors, meta["stepper"])
         self.step, self.rows = meta["step"], meta["rows"]
         self.clock.before = meta["elapsed"]
+        if longer:  # from here on there is a state of the longer run to go back to
+            self._save()
+            keep_good(self.run.last)
         self.reporter.message(f"Continues at step {self.step:,} of {self.recipe.steps:,}.")
+
+    def _longer(self, meta: dict[str, Any]) -> bool:
+        """Whether the state is the end of this run before it was made longer."""
+        before = self.recipe.shorter
+        return (
+            before is not None
+            and meta["step"] == before.steps
+            and Recipe.from_dict(meta["recipe"]) == before
+            and meta.get("fingerprint") == self.facts.get("fingerprint")
+        )
 
     def _compare(self, meta: dict[str, Any]) -> None:
         # settings that an older version did not know have their defaults
@@ -345,7 +436,8 @@ def fit(
 
     facts: written into the state; "fingerprint" and "versions" are compared on resume. Raises
     Interrupted (exit code 4) after SIGINT or SIGTERM, with the state saved; UsageError when a
-    resumed run has other settings or data, the loss is no longer finite, or the disk is full.
+    resumed run has other settings or data, the loss was not finite once more than `guard.TRIES`
+    times, or the disk is full.
     """
     pace = (report_seconds, save_seconds, save_long_seconds)
     stepper = Stepper(recipe, objective)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 FUSED = "adamw-fused"
 FOREACH = "adamw-foreach"
 WARMUP_FROM = 1e-6  # DeiT's rate at the start of the warm-up
+AGAIN = 0.5  # of the peak rate, in a stage that was added to a run that had ended
 EMA_START = 10  # the average follows faster at first: decay <= (1 + t) / (EMA_START + t)
 
 
@@ -47,6 +50,21 @@ def epoch_rate(
         start = min(start, peak)
         return start + time * (peak - start) / warmup
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, time / epochs)))
+
+
+def staged_rate(
+    step: int, *, stages: Sequence[int], steps: int, warmup: int, peak: float, floor: float
+) -> float:
+    """`rate` for a run that was made longer: each stage has a warm-up and half a cosine of its own.
+
+    stages: the steps at which earlier stages ended. A later stage rises to `AGAIN` times the peak
+    only, as the weights are good already, in at most a tenth of its steps.
+    """
+    place, ends = bisect_right(stages, step), [0, *stages, steps]
+    start, length = ends[place], ends[place + 1] - ends[place]
+    if place:
+        peak, warmup = max(floor, AGAIN * peak), min(warmup, length // 10)
+    return rate(step - start, steps=length, warmup=warmup, peak=peak, floor=floor)
 
 
 def ema_decay(step: int, *, steps: int, half_life: float) -> float:

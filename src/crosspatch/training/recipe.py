@@ -38,7 +38,7 @@ class Recipe:
     (`layers.linear`), "on" or "off" once a run has begun; workers: loader processes, used when the
     pictures do not fit into memory; balance: what is done about uneven classes
     (`training.balance`), not "auto" once a run has begun; class_weights: of the loss, by label
-    (empty: all alike).
+    (empty: all alike); stages: steps at which the run had ended before it was made longer.
     """
 
     name: str
@@ -83,6 +83,7 @@ class Recipe:
     eval_every: int = 1
     eval_batch: int = 256
     time_budget: float | None = None
+    stages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         counts = ("batch", "steps", "steps_per_epoch", "repeats", "threads", "eval_every")
@@ -121,9 +122,21 @@ class Recipe:
         )
 
     def evaluations(self) -> list[int]:
-        """The steps after which validation is due: every `eval_every` epochs and at the end."""
+        """The steps after which validation is due: every `eval_every` epochs and at each end."""
         every = self.steps_per_epoch * self.eval_every
-        return [*range(every, self.steps, every), self.steps]
+        return sorted({*range(every, self.steps, every), *self.stages, self.steps})
+
+    def longer(self, steps: int) -> Recipe:
+        """The recipe of a run that has ended and goes on to `steps`: see `optim.staged_rate`."""
+        return dataclasses.replace(self, steps=steps, stages=(*self.stages, self.steps))
+
+    @property
+    def shorter(self) -> Recipe | None:
+        """What the recipe was before it was made longer, or None."""
+        if not self.stages:
+            return None
+        *before, steps = self.stages
+        return dataclasses.replace(self, steps=steps, stages=tuple(before))
 
     def to_dict(self) -> dict[str, Any]:
         """A dict for TOML and JSON: lists for tuples, and nothing for None."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -21,17 +22,19 @@ METRIC_COLUMNS: tuple[str, ...] = (
 )  # fmt: skip
 OURS = (
     "config.toml", "classes.txt", "split.csv", "skipped.csv", "metrics.csv", "predictions.csv",
-    "report.json", "model", "last", ".lock", "client.py",
+    "report.json", "nan.csv", "model", "last", ".lock", "client.py",
     *(f"bundle{kind}{end}"
       for kind in ("", "-int8", "-int8-static") for end in (".onnx", ".xml", ".bin", ".pt2")),
 )  # fmt: skip
 """What a run's folder may hold, bundles made of it included; `overwrite` removes it."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RunFolder:
     """A run's folder, locked for this process while it trains.
 
-    Use `create` or `open`; leave it with `close` or as a context manager.
+    Use `create` or `open`; leave it with `close` or as a context manager, which turns a full disk
+    into a UsageError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -141,8 +144,14 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise UsageError(
+                f"{self.path} cannot be written: {error.strerror}",
+                "room on the disk; what was saved before is whole",
+                "make room, then continue with --resume",
+            ) from error
 
     @property
     def config_path(self) -> Path:
@@ -185,6 +194,17 @@ class RunFolder:
         """metrics.csv: one more row."""
         with (self.path / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, METRIC_COLUMNS, extrasaction="ignore").writerow(row)
+
+    def note_nan(self, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+        """nan.csv: the pictures of one more batch whose loss was not finite.
+
+        Rows of the same try and of later ones are replaced: a resumed run has none twice.
+        """
+        path, kept = self.path / "nan.csv", []
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["try"]) < rows[0]["try"]]
+        self._table("nan.csv", columns, [*kept, *rows])
 
     def write_predictions(self, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
         """predictions.csv: one row per picture of the validation and test splits."""

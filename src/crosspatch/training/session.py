@@ -41,6 +41,7 @@ from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.loop import Outcome, Reporter, Silent, fit
 from crosspatch.training.measure import measure_evaluation, measure_step
 from crosspatch.training.objective import make_objective
+from crosspatch.training.optim import AGAIN
 from crosspatch.training.package import load_model, save_temperature
 from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
@@ -195,7 +196,7 @@ def _continue(
     run: RunFolder, source: Source, given: dict[str, Any], reporter: Reporter
 ) -> tuple[Recipe, _Pictures, dict[str, Any]]:
     """The recipe, pictures and split that the run was begun with."""
-    config = run.read_config()
+    config = _lengthen(run, run.read_config(), given, reporter)
     asked, recipe = config.get("asked", {}), Recipe.from_dict(config.get("recipe", {}))
     changed = [
         f"--{key} {value} (was {asked.get(key, 'not given')})"
@@ -236,6 +237,47 @@ def _refuse_seen(run: RunFolder, pictures: _Pictures) -> None:
             "the split of that run, for the same pictures",
             f"add --seed {config['recipe']['seed']}",
         )
+
+
+def _lengthen(
+    run: RunFolder, config: dict[str, Any], given: dict[str, Any], reporter: Reporter
+) -> dict[str, Any]:
+    """The settings of a run that has ended and is to have more epochs; else as they were.
+
+    Raises UsageError when it has had as many already.
+    """
+    recipe, epochs = Recipe.from_dict(config.get("recipe", {})), given.get("epochs")
+    ended = (run.path / "report.json").is_file()
+    if not ended or epochs in (None, config["asked"].get("epochs"), recipe.epochs):
+        return config
+    if recipe.penalties or recipe.schedule == "epochs":
+        raise UsageError(
+            f"--epochs {epochs:g} for a run of --recipe {recipe.name} that has ended",
+            "a recipe whose rates may rise once more, such as small",
+            "train anew with --overwrite",
+        )
+    steps = round(epochs * recipe.steps_per_epoch)
+    if steps <= recipe.steps:
+        raise UsageError(
+            f"--epochs {epochs:g}, and the run has ended after {recipe.epochs}",
+            "more epochs than it has had",
+            f"--resume --epochs {2 * recipe.epochs}, or train anew with --overwrite",
+        )
+    longer = recipe.longer(steps)
+    estimate = config["run"]["estimate_seconds"] * (steps - recipe.steps) / recipe.steps
+    config = {
+        **config,
+        "run": {**config["run"], "estimate_seconds": round(estimate, 1)},
+        "asked": {**config["asked"], "epochs": epochs},
+        "recipe": longer.to_dict(),
+    }
+    run.write_config(config)
+    (run.path / "report.json").unlink()
+    reporter.message(
+        f"Goes on to {longer.epochs} epochs: the rate rises once more, to {AGAIN * recipe.lr:.2g}, "
+        "and falls as half a cosine."
+    )
+    return config
 
 
 def _prepare(source: Source, recipe: Recipe, reporter: Reporter) -> Prepared:

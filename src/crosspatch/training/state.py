@@ -3,13 +3,15 @@
 
 `last/last.safetensors` is the newest, `last/last-1.safetensors` the one before. A new state is
 written beside them, flushed to the disk and read back; only then are the two moved on. What is
-torn, cut or foreign is named and skipped for the older one. Nothing is unpickled, ever.
+torn, cut or foreign is named and skipped for the older one. `last/good.safetensors` is the newest
+that was saved beside a validation, for a run that has to go back. Nothing is unpickled, ever.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from crosspatch.errors import DataError, UsageError
 
-LAST, BEFORE = "last.safetensors", "last-1.safetensors"
+LAST, BEFORE, GOOD = "last.safetensors", "last-1.safetensors", "good.safetensors"
 TEMPORARY = ".writing-"
 KEY = "crosspatch-state"
 SCHEMA = 1
@@ -71,26 +73,53 @@ def write_aside(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, s
         flush_file(aside)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
-        raise UsageError(
-            f"{path} cannot be written: {error}",
-            "a folder that can be written, with room for the state",
-            "make room or choose another --out, then continue with --resume",
-        ) from error
+        raise _unwritable(path, error) from error
     return aside
 
 
-def save_state(folder: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+def _unwritable(path: Path, error: Exception) -> UsageError:
+    return UsageError(
+        f"{path} cannot be written: {error}",
+        "a folder that can be written, with room for the state",
+        "make room or choose another --out, then continue with --resume",
+    )
+
+
+def save_state(
+    folder: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any], name: str = LAST
+) -> None:
     """Write a state into `folder`, keeping the previous one; a kill at any moment leaves one whole.
 
-    tensors: name -> tensor (any device); meta: what JSON can hold. Raises UsageError when it cannot
-    be written; the previous state is then untouched.
+    tensors: name -> tensor (any device); meta: what JSON can hold; name: `LAST`, or `GOOD` for the
+    start of a run. Raises UsageError when it cannot be written; the previous state is then
+    untouched.
     """
     record = {"schema": SCHEMA, "crc32": checksum(tensors), "meta": meta}
-    aside = write_aside(folder / LAST, tensors, {KEY: json.dumps(record)})
+    aside = write_aside(folder / name, tensors, {KEY: json.dumps(record)})
     read_state(aside)
-    if (folder / LAST).exists():
+    if name == LAST and (folder / LAST).exists():
         os.replace(folder / LAST, folder / BEFORE)
-    os.replace(aside, folder / LAST)
+    os.replace(aside, folder / name)
+    flush_folder(folder)
+
+
+def keep_good(folder: Path) -> None:
+    """Keep the newest state as `GOOD` too: a second name for the same bytes where the system can.
+
+    Raises UsageError when it cannot be written; the good state before it is then untouched.
+    """
+    aside = folder / f"{TEMPORARY}{os.getpid()}-{GOOD}"
+    aside.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(folder / LAST, aside)
+        except OSError:  # a file system without second names
+            shutil.copyfile(folder / LAST, aside)
+            flush_file(aside)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise _unwritable(folder / GOOD, error) from error
+    os.replace(aside, folder / GOOD)
     flush_folder(folder)
 
 

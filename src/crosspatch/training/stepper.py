@@ -22,14 +22,15 @@ from crosspatch.data.loading import Batch
 from crosspatch.errors import UsageError
 from crosspatch.layers import linear
 from crosspatch.objectives import Inputs, Objective
+from crosspatch.training.guard import Cut, NotFinite, Watch, factor, spoilt
 from crosspatch.training.optim import (
     FOREACH,
     Ema,
     ema_decay,
     epoch_rate,
     make_optimiser,
-    rate,
     set_rate,
+    staged_rate,
 )
 from crosspatch.training.recipe import Recipe
 
@@ -75,7 +76,8 @@ class Stepper:
     """Objective, optimiser and moving average of a run, on their device.
 
     `step(batch, epoch, step)` trains on one batch; `loss_sum` and `loss_count` gather the loss
-    since `reset_loss`, on the device, so that nothing waits for it.
+    since `reset_loss`, on the device, so that nothing waits for it. `cuts`: from which steps on the
+    rate is lower than planned, and how many times (`training.guard`).
     """
 
     def __init__(self, recipe: Recipe, objective: Objective) -> None:
@@ -107,6 +109,12 @@ class Stepper:
         self._wrapped, self._driver = self.fabric.setup(self.objective, self.optimiser)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.loss_count = 0
+        self.watch, self.cuts = Watch(), list[Cut]()
+
+    @property
+    def reads_each_step(self) -> bool:
+        """Whether a look at the loss of every step costs nothing; a GPU would be waited for."""
+        return self.device.type == "cpu"
 
     @property
     def evaluated(self) -> nn.Module:
@@ -118,8 +126,12 @@ class Stepper:
         r, per = self.recipe, self.recipe.steps_per_epoch
         if r.schedule == "epochs":
             length = {"epochs": r.steps / per, "warmup": r.warmup / per}
-            return epoch_rate(step // per, **length, peak=r.lr, floor=r.min_lr)
-        return rate(step, steps=r.steps, warmup=r.warmup, peak=r.lr, floor=r.min_lr)
+            planned = epoch_rate(step // per, **length, peak=r.lr, floor=r.min_lr)
+        else:
+            planned = staged_rate(
+                step, stages=r.stages, steps=r.steps, warmup=r.warmup, peak=r.lr, floor=r.min_lr
+            )
+        return planned * factor(self.cuts, step)
 
     def step(self, batch: Batch, epoch: int, step: int) -> None:
         """Train on one batch of uint8 pictures; `step` counts from 0 over the whole run."""
@@ -138,11 +150,14 @@ class Stepper:
         scale = self.fabric.world_size / batch.n_global
         inputs = Inputs(images, labels, (r.seed, step, rank), scale)
         loss = self._wrapped(inputs, step / r.steps)["loss"]
+        self.watch.note(step, "loss", loss, batch.index)
         self.fabric.backward(loss)
         if r.clip > 0:
-            self.fabric.clip_gradients(
+            norm = self.fabric.clip_gradients(
                 self._wrapped, self._driver, max_norm=r.clip, error_if_nonfinite=False
             )
+            if norm is not None and r.precision != "fp16":  # there the loss scaler expects them
+                self.watch.note(step, "gradient", norm, batch.index)
         self._driver.step()
         self._driver.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -151,20 +166,24 @@ class Stepper:
         self.loss_count += 1
 
     def mean_loss(self, step: int) -> float:
-        """Mean loss since `reset_loss`, in nats (waits for the device).
+        """Mean loss since `reset_loss`, in nats, after `step` steps (waits for the device).
 
-        Raises UsageError when it is not finite: the weights are spoilt and must not be saved.
+        Raises NotFinite when it, or a figure since the last call, is not finite.
         """
+        self.watch.check()
         if not self.loss_count:
             return math.nan
         mean = float(self.loss_sum) / self.loss_count
-        if math.isfinite(mean):
-            return mean
-        raise UsageError(
-            f"the loss became {mean} by step {step}",
-            "a finite loss",
-            f"train anew with a lower rate (--lr {self.recipe.lr / 3:.1g}), or --precision fp32",
-        )
+        if not math.isfinite(mean):
+            raise NotFinite(step - 1, "loss", mean, self.watch.last)
+        return mean
+
+    def check_weights(self, step: int) -> None:
+        """Raises NotFinite when a weight, or the average of one, is not finite after `step` steps:
+        such a state is never saved."""
+        averaged = self.ema.module.named_parameters() if self.ema is not None else ()
+        if spoilt([*self.objective.named_parameters(), *averaged]) is not None:
+            raise NotFinite(step - 1, "weights", math.nan, self.watch.last)
 
     def reset_loss(self) -> None:
         """Begin to gather the loss anew."""
@@ -190,6 +209,7 @@ class Stepper:
         """What steps change and JSON holds."""
         return {
             "loss_count": self.loss_count,
+            "cuts": [list(cut) for cut in self.cuts],
             "scaler": self.fabric.strategy.precision.state_dict(),
             "groups": [
                 {k: v for k, v in group.items() if k not in ("params", "names")}
@@ -212,6 +232,9 @@ class Stepper:
         self._restore_optimiser(tensors)
         self.loss_sum.copy_(tensors["loss_sum"])
         self.loss_count = int(numbers["loss_count"])
+        self.cuts = [(int(start), float(times)) for start, times in numbers.get("cuts", ())]
+        self.watch = Watch()
+        self.optimiser.zero_grad(set_to_none=True)
         if numbers["scaler"]:
             self.fabric.strategy.precision.load_state_dict(numbers["scaler"])
         torch.set_rng_state(tensors["random/torch"])
