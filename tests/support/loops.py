@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from crosspatch.errors import Interrupted
-from crosspatch.training.loop import Silent
+from crosspatch.training.reporter import Silent
 from crosspatch.training.state import load_state
 
 TIMES = ("elapsed", "images_per_second", "remaining")

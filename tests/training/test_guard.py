@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import signal
 from collections import Counter
 
 import pytest
@@ -239,7 +240,7 @@ def test_a_wish_to_stop_at_a_bad_step_leaves_a_good_state(train, spoil, monkeypa
     monkeypatch.setattr(Stepper, "reads_each_step", False)
     spoil(most=0.5)
     whole, _ = train("whole")
-    stop = Stop(11, hook=lambda: loop.signal.raise_signal(loop.signal.SIGTERM))
+    stop = Stop(11, hook=lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted, match="at step 0 of 30"):
         train("cut", stop)
     same(whole, train("cut", resume=True)[0])

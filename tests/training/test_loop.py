@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from crosspatch.errors import Interrupted, UsageError
 from crosspatch.training import loop
-from crosspatch.training.loop import Silent
 from crosspatch.training.package import load_model
+from crosspatch.training.reporter import Silent
 from crosspatch.training.state import BEFORE, LAST, load_state, save_state
 from support.loops import Stop, halt, same, table
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from crosspatch.data.decode import UnreadableImage
 from crosspatch.errors import DataError, Interrupted, UsageError
-from crosspatch.training import plan, session
-from crosspatch.training.loop import Silent
+from crosspatch.training import measure, plan, session
 from crosspatch.training.machine import look
 from crosspatch.training.package import load_model
+from crosspatch.training.reporter import Silent
 from crosspatch.training.session import train_run
 
 TINY = {"model": "tiny", "size": 8, "batch": 8, "epochs": 3, "lr": 5e-3}
@@ -175,8 +175,8 @@ def test_unreadable_pictures_are_left_out_everywhere(opened, tmp_path, monkeypat
 
 
 def test_a_time_budget_sets_the_steps(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "measure_step", lambda *_: 10.0)
-    monkeypatch.setattr(session, "measure_evaluation", lambda *_: 10.0)
+    monkeypatch.setattr(measure, "measure_step", lambda *_: 10.0)
+    monkeypatch.setattr(measure, "measure_evaluation", lambda *_: 10.0)
     typed = {key: value for key, value in TINY.items() if key != "epochs"}
     told = Told()
     summary = train_run("stripes", tmp_path / "r", {**typed, "time": 1000.0}, told)
@@ -223,10 +223,10 @@ def test_digits_are_not_mirrored(tmp_path, monkeypatch):
 
 def test_fewer_threads_are_taken_only_where_they_are_clearly_faster(images, recipe, monkeypatch):
     def choose(seconds, **typed):
-        monkeypatch.setattr(session, "measure_step", lambda r, *_: seconds[r.threads])
+        monkeypatch.setattr(measure, "measure_step", lambda r, *_: seconds[r.threads])
         pictures = SimpleNamespace(source=images.source, part=lambda name: images)
         reasons: list[str] = []
-        found, _ = session._choose_threads(replace(recipe, threads=8), pictures, typed, reasons)
+        found, _ = measure.choose_threads(replace(recipe, threads=8), pictures, typed, reasons)
         assert bool(reasons) == (found.threads < 8)
         return found.threads
 
@@ -238,15 +238,15 @@ def test_fewer_threads_are_taken_only_where_they_are_clearly_faster(images, reci
 
 def test_how_products_are_computed_is_resolved_once_and_noted(opened, tmp_path, monkeypatch):
     monkeypatch.delenv("CROSSPATCH_LINEAR")
-    monkeypatch.setattr(session.linear, "_remembered", lambda: 9.0)
+    monkeypatch.setattr(measure.linear, "_remembered", lambda: 9.0)
     recipe = plan.plan(SimpleNamespace(median_side=32, aspect=1.0), 100, 3, look(), {})[0]
-    with session.linear.switched("off"):
+    with measure.linear.switched("off"):
         assert recipe.linear == "auto"
-        auto = session._resolve_products(recipe)
+        auto = measure.resolve_products(recipe)
         assert auto.linear == "on"
-        assert session._resolve_products(auto).linear == "on"
-        assert session._resolve_products(replace(recipe, linear="off")).linear == "off"
+        assert measure.resolve_products(auto).linear == "on"
+        assert measure.resolve_products(replace(recipe, linear="off")).linear == "off"
         for other in ({"precision": "bf16"}, {"compile": True}):
-            assert session._resolve_products(replace(recipe, **other)).linear == "off"
+            assert measure.resolve_products(replace(recipe, **other)).linear == "off"
         train_run("stripes", tmp_path / "r", {**TINY, "epochs": 1}, Told())
     assert tomllib.loads((tmp_path / "r" / "config.toml").read_text())["recipe"]["linear"] == "on"

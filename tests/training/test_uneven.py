@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from crosspatch.errors import Interrupted, UsageError
 from crosspatch.training import session
-from crosspatch.training.loop import Silent
+from crosspatch.training.reporter import Silent
 from crosspatch.training.session import train_run
 
 TINY = {"model": "tiny", "size": 8, "batch": 8, "epochs": 3, "lr": 5e-3, "threads": 1}

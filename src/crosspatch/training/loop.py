@@ -9,14 +9,10 @@ not finite the run goes back and on with a lower rate: see `training.guard`.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -38,52 +34,15 @@ from crosspatch.training.guard import (
 )
 from crosspatch.training.package import model_config, save_model
 from crosspatch.training.recipe import Recipe
+from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.run import RunFolder
+from crosspatch.training.signals import Signals
 from crosspatch.training.state import GOOD, LAST, keep_good, load_state, save_state
 from crosspatch.training.stepper import Stepper
 
 SAVE_SECONDS = 15.0
 SAVE_LONG_SECONDS = 60.0
 REPORT_SECONDS = 0.25
-
-
-class Reporter(Protocol):
-    """Who is told about the progress of a training. `fit` uses message, step and epoch; the session
-    around it the others too. Raising `Interrupted` in one of them saves the state and stops."""
-
-    def message(self, text: str) -> None: ...
-
-    def progress(self, what: str, done: int, total: int) -> None: ...
-
-    def plan(self, info: dict[str, Any]) -> None: ...
-
-    def step(self, done: int, total: int, loss: float, images_per_second: float) -> None: ...
-
-    def epoch(self, row: dict[str, Any]) -> None: ...
-
-    def done(self, summary: dict[str, Any]) -> None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def message(self, text: str) -> None:
-        """Drop it."""
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Drop it."""
-
-    def plan(self, info: dict[str, Any]) -> None:
-        """Drop it."""
-
-    def step(self, done: int, total: int, loss: float, images_per_second: float) -> None:
-        """Drop it."""
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Drop it."""
-
-    def done(self, summary: dict[str, Any]) -> None:
-        """Drop it."""
 
 
 @dataclass(frozen=True)
@@ -95,39 +54,6 @@ class Outcome:
     rows: list[dict[str, Any]]
     steps: int
     seconds: float
-
-
-class _Signals:
-    """Turns the first SIGINT or SIGTERM into a wish to stop; the second one ends the process.
-
-    A step is finished first; where `at_once` is set the wish raises `Stopped` on the spot.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self.at_once = False
-
-    @contextmanager
-    def caught(self) -> Iterator[_Signals]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-        def wish(number: int, frame: object) -> None:
-            self.name = signal.Signals(number).name
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if self.at_once:
-                raise Stopped
-
-        for number in before:
-            signal.signal(number, wish)
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _Clock:
@@ -168,7 +94,7 @@ class _Fit:
         self.task: Any = stepper.objective.task
         self.due = recipe.evaluations()
         self.step, self.rows = 0, []
-        self.clock, self.signals = _Clock(), _Signals()
+        self.clock, self.signals = _Clock(), Signals()
 
     def go(self) -> Outcome:
         """Train to the end from wherever the state stands."""

@@ -23,9 +23,10 @@ from crosspatch.errors import Interrupted, UsageError
 from crosspatch.layers import linear
 from crosspatch.objectives import Objective
 from crosspatch.training.evaluation import autocast
-from crosspatch.training.loop import Outcome, Reporter, Silent
+from crosspatch.training.loop import Outcome
 from crosspatch.training.package import model_config, save_model
 from crosspatch.training.recipe import Recipe
+from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.run import RunFolder
 from crosspatch.training.stepper import make_fabric
 

@@ -7,79 +7,35 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import crosspatch
-from crosspatch.data.prepare import (
-    ImageSet,
-    Prepared,
-    plan_memory,
-    prepare,
-    survey,
-    write_skipped,
-)
+from crosspatch.data.prepare import survey, write_skipped
 from crosspatch.data.sources import DIGITS, Source, open_source
-from crosspatch.data.split import SPLITS, Split, gaps, make_split, read_split, write_split
+from crosspatch.data.split import gaps, make_split, read_split, write_split
 from crosspatch.errors import DataError, UsageError
-from crosspatch.layers import linear
-from crosspatch.metrics.calibration import apply_temperature, fit_temperature
-from crosspatch.metrics.classification import ece, nll
-from crosspatch.metrics.macs import count_macs
-from crosspatch.tasks.classify import PREDICTION_COLUMNS, Classify
 from crosspatch.training import machine as machines
 from crosspatch.training import plan as plans
 from crosspatch.training.balance import resolve_balance
-from crosspatch.training.evaluation import predict_probabilities
-from crosspatch.training.loop import Outcome, Reporter, Silent, fit
-from crosspatch.training.measure import measure_evaluation, measure_step
+from crosspatch.training.judge import finish, split_sizes, weight
+from crosspatch.training.loop import fit
+from crosspatch.training.measure import resolve_products, settle_length
 from crosspatch.training.objective import make_objective
 from crosspatch.training.optim import AGAIN
-from crosspatch.training.package import load_model, save_temperature
+from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
+from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.run import RunFolder
 
 VERSIONED = ("torch", "numpy", "timm", "lightning-fabric", "safetensors", "pillow")
-FEWER_THREADS = 1.4  # half the threads must be this much faster, so that a quiet machine keeps all
 SLOWER = 1.25  # a shared machine may take this much longer than the estimate
-
-
-@dataclass
-class _Pictures:
-    """What is trained on: the readable pictures of a source, divided."""
-
-    source: Source
-    prepared: Prepared
-    split: Split
-    fingerprint: str
-
-    def part(self, name: str) -> ImageSet:
-        """The pictures of a split, as positions among the readable ones."""
-        wanted, kept = getattr(self.split, name), self.prepared.kept
-        places = np.searchsorted(kept, wanted)
-        found = places < len(kept)
-        found[found] = kept[places[found]] == wanted[found]
-        if not found.all():
-            lost = self.source.items[int(wanted[~found][0])].key
-            raise DataError(
-                f"{lost} can no longer be read",
-                "the pictures the run was begun with",
-                "put it back, or train anew with --overwrite",
-            )
-        return self.prepared.images.subset(places)
-
-    @property
-    def validation(self) -> ImageSet:
-        """The pictures that choose: `val`, or `train` where there are too few to have any."""
-        return self.part("val" if len(self.split.val) else "train")
 
 
 def train_run(
@@ -118,7 +74,7 @@ def train_run(
         train, val = pictures.part("train"), pictures.validation
         train_it = fit_probe if recipe.penalties else fit
         outcome = train_it(recipe, objective, train, val, run, reporter, resume=resume, facts=facts)
-        summary = _finish(run, recipe, pictures, config, outcome, reporter)
+        summary = finish(run, recipe, pictures, config, outcome, reporter)
     reporter.done(summary)
     return summary
 
@@ -147,26 +103,25 @@ def _begin(
     given: dict[str, Any],
     reporter: Reporter,
     began: float,
-) -> tuple[Recipe, _Pictures, dict[str, Any]]:
+) -> tuple[Recipe, Pictures, dict[str, Any]]:
     """Plan, decode, divide, measure; write what the folder needs before the first step."""
     if source.name == DIGITS:
         given = {"flip": False, **given}
     seed, look, machine = given.get("seed", 0), survey(source), machines.look()
     guess = make_split(source, seed=seed)
     first, _ = plans.plan(look, len(guess.train), len(source.classes), machine, given)
-    prepared = _prepare(source, first, reporter)
+    prepared = read_pictures(source, first, reporter)
     split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.twins)
-    pictures = _Pictures(source, prepared, split, source.fingerprint())
+    pictures = Pictures(source, prepared, split, source.fingerprint())
     if first.weights:
         _refuse_seen(RunFolder(first.weights), pictures)
     recipe, reasons = plans.plan(look, len(split.train), len(source.classes), machine, given)
     shape = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     recipe = replace(recipe, **shape, workers=workers)
-    counts = _counts(source, split.train)
-    recipe = resolve_balance(_resolve_products(recipe), counts, source.classes, reasons)
+    recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
-    recipe, estimate = _measure(recipe, pictures, given, reasons, began)
+    recipe, estimate = settle_length(recipe, pictures, given, reasons, began)
     if not recipe.penalties:
         reasons.append(plans.describe_augment(recipe))
     config = {
@@ -194,7 +149,7 @@ def _begin(
 
 def _continue(
     run: RunFolder, source: Source, given: dict[str, Any], reporter: Reporter
-) -> tuple[Recipe, _Pictures, dict[str, Any]]:
+) -> tuple[Recipe, Pictures, dict[str, Any]]:
     """The recipe, pictures and split that the run was begun with."""
     config = _lengthen(run, run.read_config(), given, reporter)
     asked, recipe = config.get("asked", {}), Recipe.from_dict(config.get("recipe", {}))
@@ -217,12 +172,12 @@ def _continue(
             "put it back, or train anew with --overwrite",
         )
     split = read_split(run.path / "split.csv", source)
-    pictures = _Pictures(source, _prepare(source, recipe, reporter), split, fingerprint)
+    pictures = Pictures(source, read_pictures(source, recipe, reporter), split, fingerprint)
     now = _versions(recipe)
     return recipe, pictures, {**config, "versions": now}
 
 
-def _refuse_seen(run: RunFolder, pictures: _Pictures) -> None:
+def _refuse_seen(run: RunFolder, pictures: Pictures) -> None:
     """Raises UsageError where `run`, which gives the weights, was trained on pictures that would
     validate or test them here."""
     config = run.read_config() if run.config_path.is_file() else {}
@@ -280,77 +235,6 @@ def _lengthen(
     return config
 
 
-def _prepare(source: Source, recipe: Recipe, reporter: Reporter) -> Prepared:
-    _, memory = plan_memory(len(source), recipe.preprocess)
-    reporter.message(f"reading: {memory}")
-    tell = lambda done, total: reporter.progress("reading pictures", done, total)
-    return prepare(source, recipe.preprocess, progress=tell)
-
-
-def _counts(source: Source, part: np.ndarray) -> np.ndarray:
-    return np.bincount(source.labels[part], minlength=len(source.classes))
-
-
-def _resolve_products(recipe: Recipe) -> Recipe:
-    """The recipe with `linear` resolved for good, so that a resumed run computes the same bits."""
-    plain = recipe.device == "cpu" and recipe.precision == "fp32" and not recipe.compile
-    torch.set_num_threads(recipe.threads)
-    return replace(recipe, linear="on" if plain and linear.use(recipe.linear) else "off")
-
-
-def _measure(
-    recipe: Recipe,
-    pictures: _Pictures,
-    given: dict[str, Any],
-    reasons: list[str],
-    began: float,
-) -> tuple[Recipe, float]:
-    """(the recipe with its threads and its final length, estimated seconds of the training)."""
-    if recipe.penalties:
-        objective = make_objective(recipe, pictures.source.classes)
-        seen, val = pictures.prepared.images, pictures.validation
-        return recipe, measure_evaluation(recipe, objective, val) * len(seen) / len(val)
-    measuring = time.perf_counter()
-    recipe, per_step = _choose_threads(recipe, pictures, given, reasons)
-    compiling = time.perf_counter() - measuring if recipe.compile else 0.0  # and once more in `fit`
-    objective = make_objective(recipe, pictures.source.classes)
-    per_eval = measure_evaluation(recipe, objective, pictures.validation)
-    if recipe.time_budget is None:
-        if "eval_every" not in given:
-            recipe = plans.space_evaluations(recipe, per_step, per_eval)
-    else:
-        left = recipe.time_budget - (time.perf_counter() - began)
-        tail = per_eval * len(pictures.split.test) / max(1, len(pictures.validation))
-        recipe, why = plans.fit_to_time(recipe, per_step, per_eval, left - tail - compiling, given)
-        reasons.append(why)
-    return recipe, compiling + plans.run_seconds(recipe, per_step, per_eval)
-
-
-def _choose_threads(
-    recipe: Recipe, pictures: _Pictures, given: dict[str, Any], reasons: list[str]
-) -> tuple[Recipe, float]:
-    """(the recipe, seconds per step). All cores, unless half of them are clearly faster: threads
-    that wait for each other on busy cores, or on small models, cost more than they bring."""
-
-    def seconds(candidate: Recipe) -> float:
-        objective = make_objective(candidate, pictures.source.classes)
-        return measure_step(candidate, objective, pictures.part("train"))
-
-    cores, best = recipe.threads, seconds(recipe)
-    fixed = "threads" in given or recipe.compile or recipe.device != "cpu"
-    while recipe.threads > 1 and not fixed:
-        fewer = replace(recipe, threads=recipe.threads // 2)
-        found = seconds(fewer)
-        if found * FEWER_THREADS > best:
-            break
-        recipe, best = fewer, found
-    if recipe.threads < cores:
-        reasons.append(
-            f"{recipe.threads} of {cores} CPU cores: with more, steps took longer (a busy machine)."
-        )
-    return recipe, best
-
-
 def _versions(recipe: Recipe) -> dict[str, str]:
     found = {"crosspatch": crosspatch.__version__, "python": platform.python_version()}
     for name in VERSIONED:
@@ -364,14 +248,14 @@ def _versions(recipe: Recipe) -> dict[str, str]:
 def _announce(
     run: RunFolder,
     recipe: Recipe,
-    pictures: _Pictures,
+    pictures: Pictures,
     config: dict[str, Any],
     objective: Any,
     reporter: Reporter,
 ) -> None:
     """Tell the reporter everything that is known before the first step."""
     source, skipped = pictures.source, pictures.prepared.skipped
-    counts = _counts(source, pictures.split.train)
+    counts = pictures.counts()
     rarest = int(counts.argmin())
     estimate = config["run"]["estimate_seconds"]
     reporter.plan(
@@ -382,13 +266,13 @@ def _announce(
             "classes": list(source.classes),
             "skipped": len(skipped),
             "skipped_files": [{"path": s.path, "reason": s.reason} for s in skipped],
-            "split": _sizes(pictures.split),
+            "split": split_sizes(pictures.split),
             "smallest": {"class": source.classes[rarest], "images": int(counts[rarest])},
             "cache": pictures.prepared.message,
             "model": recipe.model,
             "size": list(recipe.size),
             "fit": recipe.fit,
-            **_weight(objective.exported, recipe),
+            **weight(objective.exported, recipe),
             "epochs": recipe.epochs,
             "penalties": len(recipe.penalties),
             "steps": recipe.steps,
@@ -404,94 +288,3 @@ def _announce(
         reporter.message(
             "There are too few pictures for a validation split: the training pictures choose."
         )
-
-
-def _weight(model: Any, recipe: Recipe) -> dict[str, int]:
-    """Parameters, and multiply-adds for one picture."""
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"parameters": parameters, "macs": count_macs(model, (3, *recipe.size))}
-
-
-def _sizes(split: Split) -> dict[str, int]:
-    return {name: len(getattr(split, name)) for name in SPLITS}
-
-
-def _finish(
-    run: RunFolder,
-    recipe: Recipe,
-    pictures: _Pictures,
-    config: dict[str, Any],
-    outcome: Outcome,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """Judge the chosen weights on val and, this once, on test; write the tables and the report."""
-    model = load_model(run.path).module.to(recipe.device)
-    figures, rows = _judge(run, model, recipe, pictures, reporter)
-    run.write_predictions(PREDICTION_COLUMNS, rows)
-    summary = {
-        "run": str(run.path),
-        "out": str(run.path),
-        "data": config["run"]["data"],
-        "model": recipe.model,
-        **_weight(model, recipe),
-        "size": list(recipe.size),
-        "classes": list(pictures.source.classes),
-        "images": len(pictures.prepared.images),
-        "skipped": len(pictures.prepared.skipped),
-        "split": _sizes(pictures.split),
-        "epochs": recipe.epochs,
-        "steps": outcome.steps,
-        "best": outcome.best,
-        "val": figures["val"],
-        "test": figures["test"],
-        "calibration": figures["calibration"],
-        "seconds": outcome.seconds,
-    }
-    run.write_report({"schema": 1, **summary, "history": outcome.rows, "config": config})
-    return {**summary, "files": _files(run.path)}
-
-
-def _judge(
-    run: RunFolder, model: Any, recipe: Recipe, pictures: _Pictures, reporter: Reporter
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures of val and test, and a row per picture. Validation, where there is any, sets the
-    temperature of all probabilities."""
-    task, temperature = Classify(pictures.source.classes), 1.0
-    figures: dict[str, Any] = {"calibration": {"temperature": 1.0, "images": 0}}
-    rows: list[dict[str, Any]] = []
-    for name, doing in (("val", "validating"), ("test", "testing")):
-        images = pictures.part(name)
-        if not len(images):
-            figures[name] = None
-            continue
-        raw = predict_probabilities(
-            model,
-            images,
-            recipe.eval_batch,
-            precision=recipe.precision,
-            workers=recipe.workers,
-            progress=partial(reporter.progress, doing),
-        ).numpy()
-        labels = images.labels.numpy()
-        if name == "val":
-            temperature = fit_temperature(raw, labels)
-            save_temperature(run.model, temperature, len(images))
-            figures["calibration"] = {"temperature": temperature, "images": len(images)}
-        probs = apply_temperature(raw, temperature)
-        figures[name] = task.metrics(probs, labels)
-        figures[name]["uncalibrated"] = {"nll": nll(raw, labels), "ece": ece(raw, labels)}
-        rows.extend(task.predictions(images.keys, labels.tolist(), probs, name))
-    return figures, rows
-
-
-def _files(folder: Path) -> dict[str, int]:
-    """Bytes of what the run holds, folders summed."""
-    found = {}
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            found[f"{entry.name}/"] = sum(f.stat().st_size for f in entry.rglob("*"))
-        else:
-            found[entry.name] = entry.stat().st_size
-    return found

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of a run: read once, divided into what trains, chooses and tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from crosspatch.data.prepare import ImageSet, Prepared, plan_memory, prepare
+from crosspatch.data.sources import Source
+from crosspatch.data.split import Split
+from crosspatch.errors import DataError
+from crosspatch.training.recipe import Recipe
+from crosspatch.training.reporter import Reporter
+
+
+@dataclass
+class Pictures:
+    """What is trained on: the readable pictures of a source, divided."""
+
+    source: Source
+    prepared: Prepared
+    split: Split
+    fingerprint: str
+
+    def part(self, name: str) -> ImageSet:
+        """The pictures of a split, as positions among the readable ones."""
+        wanted, kept = getattr(self.split, name), self.prepared.kept
+        places = np.searchsorted(kept, wanted)
+        found = places < len(kept)
+        found[found] = kept[places[found]] == wanted[found]
+        if not found.all():
+            lost = self.source.items[int(wanted[~found][0])].key
+            raise DataError(
+                f"{lost} can no longer be read",
+                "the pictures the run was begun with",
+                "put it back, or train anew with --overwrite",
+            )
+        return self.prepared.images.subset(places)
+
+    @property
+    def validation(self) -> ImageSet:
+        """The pictures that choose: `val`, or `train` where there are too few to have any."""
+        return self.part("val" if len(self.split.val) else "train")
+
+    def counts(self) -> np.ndarray:
+        """(K,) training pictures of each class."""
+        labels = self.source.labels[self.split.train]
+        return np.bincount(labels, minlength=len(self.source.classes))
+
+
+def read_pictures(source: Source, recipe: Recipe, reporter: Reporter) -> Prepared:
+    """Every picture decoded once; the reporter hears how much memory that takes, and how far it
+    is."""
+    _, memory = plan_memory(len(source), recipe.preprocess)
+    reporter.message(f"reading: {memory}")
+    tell = lambda done, total: reporter.progress("reading pictures", done, total)
+    return prepare(source, recipe.preprocess, progress=tell)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGINT and SIGTERM during a training: finish the step, save, stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from crosspatch.training.evaluation import Stopped
+
+
+class Signals:
+    """Turns the first SIGINT or SIGTERM into a wish to stop; the second one ends the process.
+
+    A step is finished first; where `at_once` is set the wish raises `Stopped` on the spot.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.at_once = False
+
+    @contextmanager
+    def caught(self) -> Iterator[Signals]:
+        """Catches both for a while, in the main thread; the old handlers come back."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def wish(number: int, frame: object) -> None:
+            self.name = signal.Signals(number).name
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self.at_once:
+                raise Stopped
+
+        for number in before:
+            signal.signal(number, wish)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
