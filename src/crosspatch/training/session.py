@@ -187,10 +187,12 @@ def _refuse_seen(run: RunFolder, pictures: Pictures) -> None:
     judging = np.concatenate([pictures.split.val, pictures.split.test])
     seen = int(np.isin(judging, theirs.train).sum())
     if seen:
+        how = {"seed": config["recipe"]["seed"], **config.get("reading", {})}
+        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in how.items())
         raise UsageError(
             f"{run.path} was trained on {seen:,} of the pictures that would judge it here",
             "the split of that run, for the same pictures",
-            f"add --seed {config['recipe']['seed']}",
+            f"add {flags}",
         )
 
 
