@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import crosspatch._torchvision
+import crosspatch._torchvision  # noqa: F401
 
 import numpy as np
 import onnxruntime
@@ -23,17 +23,13 @@ import timm
 import torch
 from forward import NETWORKS
 
-import crosspatch as xp
-from crosspatch.data.preprocess import Preprocess
-from crosspatch.deploy.bundle import check_pictures, read_bundle
-from crosspatch.deploy.engines import available, open_engine
-from crosspatch.deploy.export import bundle_info, export_model
+from crosspatch.deploy.bundle import Bundle, check_pictures
+from crosspatch.deploy.engines import available, open_engine, precision_of
 from crosspatch.deploy.peak import peaks
-from crosspatch.deploy.quantise import quantise_dynamic
+from crosspatch.deploy.subject import ORDER, prepare
 from crosspatch.layers.linear import switched
 from crosspatch.metrics.latency import alternate, ratio
-from crosspatch.training.package import Trained
-from hardware import RESULTS, append, facts
+from hardware import RESULTS, append, facts, milliseconds
 
 
 def naive(model: torch.nn.Module, side: int, path: Path) -> Path:
@@ -53,25 +49,13 @@ def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def exported(name: str, side: int, folder: Path) -> list[Path]:
-    """Our fp32 and int8 bundles of a network with random weights."""
-    torch.manual_seed(0)
-    model = xp.create_model(name).eval()
-    classes = tuple(str(number) for number in range(model.num_classes))
-    trained = Trained(model, classes, Preprocess.for_pictures(side), 1.0, 0)
-    whole = folder / "fp32.onnx"
-    export_model(model, whole, bundle_info(trained, name))
-    quantise_dynamic(whole, folder / "int8.onnx")
-    return [whole, folder / "int8.onnx"]
-
-
 def eager(model: torch.nn.Module, x: torch.Tensor) -> None:
     with switched("off"), torch.inference_mode():
         model(x)
 
 
 def calls_of(
-    theirs: torch.nn.Module, plain: Path, bundles: list[Path], batch: int, threads: int, side: int
+    theirs: torch.nn.Module, plain: Path, bundles: list[Bundle], batch: int, threads: int, side: int
 ) -> dict[str, Callable[[], object]]:
     x = torch.randn(batch, 3, side, side)
     floats = session(plain, threads)
@@ -81,8 +65,7 @@ def calls_of(
         "timm naive onnxruntime fp32": partial(floats.run, None, given),
     }
     pictures = np.ascontiguousarray(check_pictures((side, side), batch))
-    for path in bundles:
-        bundle = read_bundle(path)
+    for bundle in bundles:
         for engine, precision in available(bundle):
             opened = open_engine(bundle, engine, precision, threads)
             calls[f"crosspatch {engine} {precision}"] = partial(opened.run, pictures)
@@ -90,7 +73,7 @@ def calls_of(
 
 
 def compared(
-    network: str, plain: Path, bundles: list[Path], batch: int, threads: int, seconds: float
+    network: str, plain: Path, bundles: list[Bundle], batch: int, threads: int, seconds: float
 ) -> list[dict]:
     _, name, side = NETWORKS[network]
     theirs = timm.create_model(name)
@@ -98,17 +81,15 @@ def compared(
     calls = calls_of(theirs, plain, bundles, batch, threads, side)
     times = alternate(calls | {"peak": top.product.call}, seconds=seconds, least=7)
     rate = top.product.operations / times["peak"].median
-    macs = read_bundle(bundles[0]).info.macs
-    sizes = {path.stem: path.stat().st_size for path in bundles}
+    macs = bundles[0].info.macs
+    sizes = {precision_of(one.info): one.size for one in bundles}
     return [
         {
             "network": network,
             "batch": batch,
             "threads": threads,
             "who": who,
-            "median_ms": round(1e3 * times[who].median, 2),
-            "low_ms": round(1e3 * times[who].low, 2),
-            "high_ms": round(1e3 * times[who].high, 2),
+            **milliseconds(times[who]),
             "times_timm_torch": round(ratio(times["timm torch fp32"], times[who]).median, 3),
             "times_timm_naive": round(
                 ratio(times["timm naive onnxruntime fp32"], times[who]).median, 3
@@ -140,7 +121,8 @@ def main() -> None:
         ours, theirs, side = NETWORKS[network]
         with tempfile.TemporaryDirectory() as place:
             plain = naive(timm.create_model(theirs), side, Path(place) / "naive.onnx")
-            bundles = exported(ours, side, Path(place))
+            subject = prepare(ours, Path(place) / "ours.onnx", ORDER, [])
+            bundles = list(subject.bundles)
             for threads in asked.threads:
                 torch.set_num_threads(threads)
                 for batch in asked.batches:

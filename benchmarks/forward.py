@@ -25,7 +25,7 @@ from crosspatch.deploy.peak import peaks
 from crosspatch.layers.linear import switched
 from crosspatch.metrics.latency import alternate, ratio
 from crosspatch.metrics.macs import count_macs
-from hardware import RESULTS, append, facts
+from hardware import RESULTS, append, facts, milliseconds
 
 NETWORKS = {  # ours, timm's, side
     "crossvit_tiny": ("crossvit_tiny_224", "crossvit_tiny_240", 240),
@@ -83,9 +83,7 @@ def compared(kind: str, network: str, batch: int, threads: int, seconds: float) 
             "batch": batch,
             "threads": threads,
             "who": name,
-            "median_ms": round(1e3 * times[name].median, 2),
-            "low_ms": round(1e3 * times[name].low, 2),
-            "high_ms": round(1e3 * times[name].high, 2),
+            **milliseconds(times[name]),
             "times_timm": round(ratio(times["timm"], times[name]).median, 3),
             "gmacs": round(macs[name] / 1e9, 3),
             "peak_gflops": round(rate / 1e9, 1),

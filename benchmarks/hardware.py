@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import crosspatch as xp
+from crosspatch.metrics.latency import Timing
 from crosspatch.processor import processor as described
 
 RESULTS = Path(__file__).parent / "results"
@@ -27,6 +28,12 @@ def facts(*packages: str) -> dict[str, str]:
         "crosspatch": xp.__version__,
         "date": date.today().isoformat(),
     }
+
+
+def milliseconds(timing: Timing) -> dict[str, float]:
+    """The columns of a timing: median, 5 % and 95 %."""
+    named = {"median_ms": timing.median, "low_ms": timing.low, "high_ms": timing.high}
+    return {name: round(1e3 * seconds, 2) for name, seconds in named.items()}
 
 
 def append(path: Path, rows: Sequence[dict]) -> None:

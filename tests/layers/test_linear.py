@@ -22,13 +22,13 @@ class Spy:
     """Counts the products that go to oneDNN."""
 
     def __init__(self, monkeypatch) -> None:
-        self.calls, real = 0, module._product
+        self.calls, real = 0, module.onednn_product
 
         def counted(*operands):
             self.calls += 1
             return real(*operands)
 
-        monkeypatch.setattr(module, "_product", counted)
+        monkeypatch.setattr(module, "onednn_product", counted)
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_the_mode_is_set_resolved_once_and_put_back(monkeypatch) -> None:
 
 
 def test_without_the_operator_it_is_off(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_exists", lambda: False)
+    monkeypatch.setattr(module, "onednn_exists", lambda: False)
     assert module.measure() == 0
     assert not use("on")
     assert not use("auto")

@@ -10,6 +10,7 @@ from torch import nn
 from crosspatch.data.augment import AugmentConfig
 from crosspatch.data.prepare import prepare
 from crosspatch.data.sources import Item, Source
+from crosspatch.training import session
 from crosspatch.training.loop import fit
 from crosspatch.training.objective import make_objective
 from crosspatch.training.recipe import Recipe
@@ -118,3 +119,10 @@ def train(images, recipe, tmp_path):
             return run, fit(use, objective, *parts, run, reporter, resume=resume, **how)
 
     return call
+
+
+@pytest.fixture
+def opened(monkeypatch, source):
+    """`open_source` gives the tiny source, whatever is asked for."""
+    monkeypatch.setattr(session, "open_source", lambda spec: source)
+    return source

@@ -42,9 +42,10 @@ def test_the_best_by_validation_is_kept(train, images):
     model = load_model(run.path).module
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     from crosspatch.tasks.classify import Classify
-    from crosspatch.training.evaluation import evaluate
+    from crosspatch.training.evaluation import predict_probabilities
 
-    figures, _ = evaluate(model, images.subset(order[58:].numpy()), Classify(images.classes))
+    val = images.subset(order[58:].numpy())
+    figures = Classify(images.classes).metrics(predict_probabilities(model, val), val.labels)
     assert figures["accuracy"] == outcome.best["val_accuracy"]
     assert figures["nll"] == pytest.approx(outcome.best["val_loss"], abs=1e-6)
     assert outcome.best["val_accuracy"] == max(row["val_accuracy"] for row in outcome.rows)

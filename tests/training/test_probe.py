@@ -35,13 +35,6 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture
-def opened(monkeypatch, source):
-    """`open_source` gives the tiny source, whatever is asked for."""
-    monkeypatch.setattr(session, "open_source", lambda spec: source)
-    return source
-
-
 def weights(folder):
     return load_file(folder / "model" / "model.safetensors")
 

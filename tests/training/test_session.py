@@ -51,13 +51,6 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture
-def opened(monkeypatch, source):
-    """`open_source` gives the tiny source, whatever is asked for."""
-    monkeypatch.setattr(session, "open_source", lambda spec: source)
-    return source
-
-
 def test_a_whole_training(opened, tmp_path):
     told = Told()
     summary = train_run("stripes", tmp_path / "r", TINY, told)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from crosspatch.data.layout import MEANING, SPLITS, Layout, Placed, check_classes, class_remarks
 from crosspatch.data.rows import Row, read_rows
@@ -115,9 +115,8 @@ def find_columns(
             "Name another column",
         )
     said = ", ".join(f"{kind} from {name!r}" for kind, name in chosen.items() if name is not None)
-    assert chosen["path"] is not None
-    assert chosen["label"] is not None
-    columns = Columns(chosen["path"], chosen["label"], chosen["split"], chosen["group"])
+    needed = [cast(str, chosen[kind]) for kind in ("path", "label")]  # `_column` saw to that
+    columns = Columns(*needed, chosen["split"], chosen["group"])
     return columns, f"Columns of the table: {said}."
 
 

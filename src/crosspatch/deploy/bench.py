@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import torch
+from typing import Any, NamedTuple, Protocol, cast
 
 import crosspatch
 from crosspatch.deploy.bundle import Bundle, check_pictures
 from crosspatch.deploy.engines import Engine, Setting, open_engine
 from crosspatch.deploy.peak import Peak, peaks
 from crosspatch.deploy.subject import MODEL, ORDER, Subject, prepare
+from crosspatch.deploy.torch_engine import TorchEngine, torch_threads
 from crosspatch.errors import CrosspatchError, UsageError, near
 from crosspatch.metrics.latency import Timing, alternate, ratio
 from crosspatch.processor import processor, usable_cores
+from crosspatch.training.package import Trained
+from crosspatch.versions import installed
 
 BATCHES = (1, 8)
 SECONDS = 90.0
@@ -118,30 +117,14 @@ def bench(
 
 def hardware() -> dict[str, Any]:
     """Processor, usable cores, features, and the versions of what computes."""
-    found: dict[str, Any] = {
+    return {
         "processor": processor().name,
         "cores": usable_cores(),
         "features": " ".join(processor().features),
         "crosspatch": crosspatch.__version__,
         "python": platform.python_version(),
+        **installed(("torch", "onnxruntime", "openvino")),
     }
-    for name in ("torch", "onnxruntime", "openvino"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """torch computes with `count` threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _threads(asked: Sequence[int]) -> list[int]:
@@ -225,11 +208,8 @@ def _engine(
 ) -> Engine:
     if bundle is not None:
         return open_engine(bundle, engine, precision, threads)
-
-    from crosspatch.deploy.torch_engine import TorchEngine
-
-    assert subject.trained is not None
-    return TorchEngine(subject.trained, threads=threads, precision=precision, device="cpu")
+    trained = cast(Trained, subject.trained)  # torch alone needs no bundle
+    return TorchEngine(trained, threads=threads, precision=precision, device="cpu")
 
 
 def _group(

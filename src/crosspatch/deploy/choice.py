@@ -15,7 +15,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from crosspatch.deploy.engines import ENGINES, Engine, Setting, available, open_
 from crosspatch.errors import CrosspatchError, UsageError
 from crosspatch.metrics.latency import alternate
 from crosspatch.processor import processor, usable_cores
+from crosspatch.versions import installed
 
 SECONDS = 0.4
 """How long the turns of one stage go on; there are two stages."""
@@ -106,17 +106,10 @@ def _fastest(pictures: np.ndarray, engines: Sequence[Engine]) -> Engine:
 
 def _key(bundle: Bundle, batch: int, candidates: Sequence[tuple[str, str]], cores: int) -> str:
     """A digest of everything the choice depends on."""
-    versions = {name: _version(name) for name, _ in candidates}
+    versions = installed(name for name, _ in candidates)
     machine = [processor().describe(), cores]
     facts = [bundle.hash, batch, [list(one) for one in candidates], machine, versions]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _setting(kept: Any, candidates: Sequence[tuple[str, str]], cores: int) -> Setting | None:

@@ -6,14 +6,12 @@ The file is run and compared with torch before it gets its name.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +21,16 @@ from torch import nn
 
 import crosspatch
 from crosspatch.deploy.bundle import (
-    INPUT,
     KEY,
-    OUTPUT,
     BundleInfo,
     check_pictures,
     needed,
     openvino_core,
+    read_bundle,
 )
+from crosspatch.deploy.engines import open_engine
 from crosspatch.deploy.graph import OPSET, Shipped, to_onnx, trace
+from crosspatch.deploy.loading import weights_hash
 from crosspatch.deploy.place import (
     SUFFIX,
     check_place,
@@ -43,7 +42,9 @@ from crosspatch.deploy.place import (
 from crosspatch.deploy.quantise import expectation, quantise_dynamic, quantise_static
 from crosspatch.errors import CrosspatchError, DataError, UsageError, near
 from crosspatch.metrics.macs import count_macs
+from crosspatch.processor import usable_cores
 from crosspatch.training.package import WEIGHTS, Trained, load_model, model_folder, read_config
+from crosspatch.versions import installed
 
 BATCHES = (1, 2, 3)
 CLOSE = 1e-4  # greatest difference of a probability between torch and an fp32 bundle
@@ -182,9 +183,9 @@ def _precision(to: str, int8: bool, static: bool, calibration: Calibration | Non
 
 def _described(folder: Path, home: Path) -> tuple[Trained, BundleInfo, list[str]]:
     """The run's model, what a bundle of it says, and remarks."""
-    before = _hash(folder / WEIGHTS)
+    before = weights_hash(folder) or ""
     trained = load_model(folder)
-    weights = _hash(folder / WEIGHTS)
+    weights = weights_hash(folder) or ""
     if before != weights:
         raise DataError(
             f"{folder / WEIGHTS} changed while it was read",
@@ -194,13 +195,6 @@ def _described(folder: Path, home: Path) -> tuple[Trained, BundleInfo, list[str]
     accuracy, remarks = _accuracy(home / "report.json")
     name = str(read_config(folder)["architecture"])
     return trained, bundle_info(trained, name, weights=weights, accuracy=accuracy), remarks
-
-
-def _hash(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _accuracy(report: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -221,11 +215,7 @@ def _accuracy(report: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 def _versions() -> dict[str, str]:
     found = {"crosspatch": crosspatch.__version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found |= {name: given for name, given in installed(PACKAGES).items() if given is not None}
     return found | {"opset": str(OPSET)}
 
 
@@ -325,12 +315,5 @@ def _compare(run: Run, shipped: Shipped, precision: str) -> float:
 
 def _runner(path: Path) -> Run:
     """A call that runs the ONNX file, or OpenVINO's pair, on uint8 pictures (B, H, W, 3)."""
-    if path.suffix == SUFFIX["openvino"]:
-        hints = {"INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino_core().compile_model(path, "CPU", hints)
-        return lambda pictures: compiled({INPUT: pictures})[OUTPUT]
-    runtime = needed("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda pictures: session.run([OUTPUT], {INPUT: pictures})[0]
+    engine = "openvino" if path.suffix == SUFFIX["openvino"] else "onnxruntime"
+    return open_engine(read_bundle(path), engine, threads=usable_cores()).run

@@ -17,6 +17,7 @@ import torch
 
 from crosspatch.deploy.bundle import needed
 from crosspatch.errors import UsageError
+from crosspatch.layers.linear import onednn_exists, onednn_product
 from crosspatch.metrics.latency import alternate
 
 SIZES = (384, 512, 1024)  # sides; larger ones took longer and reached no more on any machine tried
@@ -62,18 +63,13 @@ def fastest(products: list[Product], seconds: float) -> Peak:
 def _float_products(dtype: torch.dtype) -> list[Product]:
     """torch.mm and, where torch was built with it, oneDNN's own operator."""
     kinds: dict[str, Callable[..., object]] = {"torch.mm": torch.mm}
-    built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if built and dtype == torch.float32:  # torch.mm takes oneDNN itself for bf16
-        kinds["oneDNN"] = _onednn
+    if onednn_exists() and dtype == torch.float32:  # torch.mm takes oneDNN itself for bf16
+        kinds["oneDNN"] = onednn_product
     return [
         Product(f"{name} {side}", _float_call(product, side, dtype), 2 * side**3)
         for side in SIZES
         for name, product in kinds.items()
     ]
-
-
-def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
 def _float_call(product: Callable[..., object], side: int, dtype: torch.dtype) -> Callable:

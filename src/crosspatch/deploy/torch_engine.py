@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -51,3 +53,14 @@ class TorchEngine:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             logits = self._model(inputs)
         return (logits.float() / self._temperature).softmax(dim=-1).cpu().numpy()
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch computes with `count` threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

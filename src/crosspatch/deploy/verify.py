@@ -303,14 +303,10 @@ def _latencies(
 
 def _beside_torch(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
     """Times calls of which one is torch's, with torch on THREADS for that long."""
-    import torch
+    from crosspatch.deploy.torch_engine import torch_threads
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
+    with torch_threads(THREADS):
         return alternate(calls, seconds=seconds, least=3)
-    finally:
-        torch.set_num_threads(before)
 
 
 def summary(report: Report) -> dict[str, Any]:

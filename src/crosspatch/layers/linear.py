@@ -56,7 +56,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
         return _OneDnnLinear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
-    return _product(x, weight, bias)
+    return onednn_product(x, weight, bias)
 
 
 def use(mode: str) -> bool:
@@ -72,7 +72,7 @@ def use(mode: str) -> bool:
         raise UsageError(
             f"linear {mode!r}", f"It is one of: {', '.join(MODES)}", "Leave it out for auto"
         )
-    _on = _remembered() >= WORTH if mode == "auto" else mode == "on" and _exists()
+    _on = _remembered() >= WORTH if mode == "auto" else mode == "on" and onednn_exists()
     return _on
 
 
@@ -100,7 +100,7 @@ def _remembered() -> float:
 
 def measure() -> float:
     """How many times as fast oneDNN is here, over `SHAPES`; 0 where the operator is missing."""
-    if not _exists():
+    if not onednn_exists():
         return 0.0
     return statistics.geometric_mean(_ratio(*shape) for shape in SHAPES)
 
@@ -110,7 +110,7 @@ def _ratio(rows: int, width: int, out: int) -> float:
     """The best time of each, taken in turns: other jobs on the cores can only make one longer."""
     x, weight, bias = torch.randn(rows, width), torch.randn(out, width), torch.randn(out)
     turns = [
-        (_seconds(F.linear, x, weight, bias), _seconds(_product, x, weight, bias))
+        (_seconds(F.linear, x, weight, bias), _seconds(onednn_product, x, weight, bias))
         for _ in range(TURNS)
     ]
     plain, other = (min(times) for times in zip(*turns, strict=True))
@@ -123,7 +123,8 @@ def _seconds(product: Callable[..., Tensor], *operands: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def _exists() -> bool:
+def onednn_exists() -> bool:
+    """Whether this torch was built with the operator."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -145,7 +146,8 @@ def _applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., C) @ weight (D, C)^T + bias (D,), float32 on the CPU; it has no derivative."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -155,7 +157,7 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return onednn_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -163,8 +165,8 @@ class _OneDnnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = _product(grad, weight.t()) if wants_x else None
+        grad_x = onednn_product(grad, weight.t()) if wants_x else None
         grad_weight = None
         if wants_weight:
-            grad_weight = _product(rows.t(), x.reshape(-1, x.shape[-1]).t())
+            grad_weight = onednn_product(rows.t(), x.reshape(-1, x.shape[-1]).t())
         return grad_x, grad_weight, rows.sum(dim=0) if wants_bias else None

@@ -65,3 +65,10 @@ class OneOf:
         if place == len(self.mixers):
             return images, None
         return self.mixers[place](images, rng)
+
+
+def positive(alpha: float) -> float:
+    """alpha of a Beta distribution itself; ValueError unless it is above 0."""
+    if alpha <= 0:
+        raise ValueError(f"alpha must be > 0, got {alpha}")
+    return alpha

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosspatch.mixing import Mixing, partners
+from crosspatch.mixing import Mixing, partners, positive
 
 
 def boxes(
@@ -38,9 +38,7 @@ class Cutmix:
     """Pastes a box of a random partner into each image. alpha: of the Beta distribution, > 0."""
 
     def __init__(self, alpha: float = 1.0) -> None:
-        if alpha <= 0:
-            raise ValueError(f"alpha must be > 0, got {alpha}")
-        self.alpha = alpha
+        self.alpha = positive(alpha)
 
     def __call__(self, images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Mixing]:
         """images (B, 3, H, W) -> the pasted images and their `Mixing` with mask (B, 1, H, W)."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosspatch.mixing import Mixing
+from crosspatch.mixing import Mixing, positive
 
 
 class Box(NamedTuple):
@@ -69,7 +69,7 @@ class BatchMixup:
     """Blends the batch with its reverse. alpha: of the Beta distribution, > 0 (ValueError)."""
 
     def __init__(self, alpha: float = 0.8) -> None:
-        self.alpha = _positive(alpha)
+        self.alpha = positive(alpha)
 
     def __call__(self, images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Mixing]:
         """images (B, 3, H, W) -> the blended images and their `Mixing` (mask is None)."""
@@ -80,7 +80,7 @@ class BatchCutmix:
     """Pastes one box of the reversed batch. alpha: of the Beta distribution, > 0 (ValueError)."""
 
     def __init__(self, alpha: float = 1.0) -> None:
-        self.alpha = _positive(alpha)
+        self.alpha = positive(alpha)
 
     def __call__(self, images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Mixing]:
         """images (B, 3, H, W) -> the pasted images and their `Mixing` with mask (B, 1, H, W)."""
@@ -88,9 +88,3 @@ class BatchCutmix:
         lam = float(rng.beta(self.alpha, self.alpha))
         row, column = int(rng.integers(0, height)), int(rng.integers(0, width))
         return paste(images, box(height, width, lam, row, column))
-
-
-def _positive(alpha: float) -> float:
-    if alpha <= 0:
-        raise ValueError(f"alpha must be > 0, got {alpha}")
-    return alpha

@@ -15,16 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosspatch.mixing import Mixing, partners
+from crosspatch.mixing import Mixing, partners, positive
 
 
 class Mixup:
     """Blends each image with a random partner. alpha: of the Beta distribution, > 0."""
 
     def __init__(self, alpha: float = 0.8) -> None:
-        if alpha <= 0:
-            raise ValueError(f"alpha must be > 0, got {alpha}")
-        self.alpha = alpha
+        self.alpha = positive(alpha)
 
     def __call__(self, images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Mixing]:
         """images (B, 3, H, W) -> the blended images and their `Mixing` (mask is None)."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from crosspatch.data.augment import normalise
 from crosspatch.data.loading import eval_batches
 from crosspatch.data.prepare import ImageSet
-from crosspatch.tasks.classify import Classify
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,11 +63,3 @@ def predict_probabilities(
     finally:
         model.train(training)
     return torch.cat(found).cpu()
-
-
-def evaluate(
-    model: nn.Module, images: ImageSet, task: Classify, batch: int = 256, **how: Any
-) -> tuple[dict[str, Any], np.ndarray]:
-    """(metrics of `task.metrics`, probabilities (N, K)) of `images`; `how` as above."""
-    probs = predict_probabilities(model, images, batch, **how).numpy()
-    return task.metrics(probs, images.labels.numpy()), probs

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.run import RunFolder
+from crosspatch.versions import installed
 
 VERSIONED = ("torch", "numpy", "timm", "lightning-fabric", "safetensors", "pillow")
 SLOWER = 1.25  # a shared machine may take this much longer than the estimate
@@ -239,11 +239,7 @@ def _lengthen(
 
 def _versions(recipe: Recipe) -> dict[str, str]:
     found = {"crosspatch": crosspatch.__version__, "python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
+    found |= {name: given or "unknown" for name, given in installed(VERSIONED).items()}
     return {**found, "threads": str(recipe.threads), "device": recipe.device}
 
 

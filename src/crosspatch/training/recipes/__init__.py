@@ -15,6 +15,15 @@ RECIPES = {
 }
 
 
+def halved(largest: int, pictures: int, *, smallest: int, steps: int) -> int:
+    """Pictures per step: `largest`, halved while an epoch of `pictures` has fewer than `steps`
+    steps, but not below `smallest`."""
+    batch = largest
+    while batch > smallest and pictures // batch < steps:
+        batch //= 2
+    return batch
+
+
 def load_recipe(name: str) -> ModuleType:
     """The module of a recipe. Raises UsageError with near names for an unknown one."""
     if name not in RECIPES:

@@ -38,6 +38,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from crosspatch.training.recipes import halved
+
 # (side up to, preset, smallest model input, largest model input)
 SMALL_PICTURES = (40, "vit_micro_32", 32, 32)
 PRESET_CPU = (None, "deit_tiny_patch16_224", 224, 224)
@@ -105,10 +107,8 @@ def preset(side: int, pictures: int, gpu: bool) -> tuple[str, int]:
 
 def batch_size(pictures: int, gpu: bool) -> int:
     """Pictures per step: a power of two, small enough for `STEPS_AT_LEAST` steps an epoch."""
-    batch = BATCH_GPU if gpu else BATCH_CPU
-    while batch > BATCH_SMALLEST and pictures // batch < STEPS_AT_LEAST:
-        batch //= 2
-    return batch
+    largest = BATCH_GPU if gpu else BATCH_CPU
+    return halved(largest, pictures, smallest=BATCH_SMALLEST, steps=STEPS_AT_LEAST)
 
 
 def epochs(steps_per_epoch: int, gpu: bool) -> int:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from crosspatch.training.recipes import halved
+
 # Which preset: the first row whose side is not smaller than the median side of the pictures.
 # (side up to, preset, smallest model input, largest model input)
 PRESETS_CPU = (
@@ -104,10 +106,8 @@ def preset(side: int, pictures: int, gpu: bool) -> tuple[str, int]:
 
 def batch_size(pictures: int, gpu: bool) -> int:
     """Pictures per step: a power of two, small enough for `STEPS_AT_LEAST` steps an epoch."""
-    batch = BATCH_GPU if gpu else BATCH_CPU
-    while batch > BATCH_SMALLEST and pictures // batch < STEPS_AT_LEAST:
-        batch //= 2
-    return batch
+    largest = BATCH_GPU if gpu else BATCH_CPU
+    return halved(largest, pictures, smallest=BATCH_SMALLEST, steps=STEPS_AT_LEAST)
 
 
 def epochs(steps_per_epoch: int, gpu: bool) -> int:
