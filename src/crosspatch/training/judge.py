@@ -12,9 +12,10 @@ from crosspatch.metrics.calibration import apply_temperature, fit_temperature
 from crosspatch.metrics.classification import ece, nll
 from crosspatch.metrics.macs import count_macs
 from crosspatch.tasks.classify import PREDICTION_COLUMNS, Classify
+from crosspatch.training import team
 from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.loop import Outcome
-from crosspatch.training.package import load_model, save_temperature
+from crosspatch.training.package import build_model, load_model, save_temperature
 from crosspatch.training.pictures import Pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter
@@ -30,9 +31,8 @@ def finish(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Judge the chosen weights on val and, this once, on test; write the tables and the report."""
-    model = load_model(run.path).module.to(recipe.device)
+    model = _chosen(run, recipe, len(pictures.source.classes))
     figures, rows = _judge(run, model, recipe, pictures, reporter)
-    run.write_predictions(PREDICTION_COLUMNS, rows)
     summary = {
         "run": str(run.path),
         "out": str(run.path),
@@ -52,8 +52,19 @@ def finish(
         "calibration": figures["calibration"],
         "seconds": outcome.seconds,
     }
+    if not team.first():
+        return summary
+    run.write_predictions(PREDICTION_COLUMNS, rows)
     run.write_report({"schema": 1, **summary, "history": outcome.rows, "config": config})
     return {**summary, "files": _files(run.path)}
+
+
+def _chosen(run: RunFolder, recipe: Recipe, classes: int) -> Any:
+    """The model that validation chose, from the run's folder, which only the first process has."""
+    own = team.first()
+    model = load_model(run.path).module if own else build_model(recipe, classes, training=False)
+    team.share_weights(model)
+    return model.to(recipe.device)
 
 
 def _judge(
@@ -76,11 +87,13 @@ def _judge(
             precision=recipe.precision,
             workers=recipe.workers,
             progress=partial(reporter.progress, doing),
+            shared=True,
         ).numpy()
         labels = images.labels.numpy()
         if name == "val":
             temperature = fit_temperature(raw, labels)
-            save_temperature(run.model, temperature, len(images))
+            if team.first():
+                save_temperature(run.model, temperature, len(images))
             figures["calibration"] = {"temperature": temperature, "images": len(images)}
         probs = apply_temperature(raw, temperature)
         figures[name] = task.metrics(probs, labels)

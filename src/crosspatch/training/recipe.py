@@ -34,7 +34,8 @@ class Recipe:
     penalties: those that a linear probe tries, empty where the whole network is trained; mix: names
     out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha: of each Beta distribution;
     eval_every: epochs between validations; time_budget: seconds asked for, or None; threads: CPU
-    threads (numbers differ between thread counts); linear: whether large products go through oneDNN
+    threads (numbers differ between thread counts); devices: processes that train
+    together, each with so many threads or a GPU; linear: whether large products go through oneDNN
     (`layers.linear`), "on" or "off" once a run has begun; workers: loader processes, used when the
     pictures do not fit into memory; balance: what is done about uneven classes
     (`training.balance`), not "auto" once a run has begun; class_weights: of the loss, by label
@@ -77,6 +78,7 @@ class Recipe:
     seed: int = 0
     workers: int = 0
     threads: int = 1
+    devices: int = 1
     linear: str = "off"
     balance: str = "none"
     class_weights: tuple[float, ...] = ()
@@ -87,7 +89,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = ("batch", "steps", "steps_per_epoch", "repeats", "threads", "eval_every")
-        for name in (*counts, "eval_batch"):
+        for name in (*counts, "eval_batch", "devices"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(min(*self.size, *self.store) >= 1, "size", self.size, "at least 1 pixel a side")
         _check(0 < self.lr < 10, "lr", self.lr, "between 0 and 10")
@@ -129,6 +131,13 @@ class Recipe:
     def longer(self, steps: int) -> Recipe:
         """The recipe of a run that has ended and goes on to `steps`: see `optim.staged_rate`."""
         return dataclasses.replace(self, steps=steps, stages=(*self.stages, self.steps))
+
+    def by(self, devices: int, threads: int | None = None) -> Recipe:
+        """The recipe for another number of processes, which share the threads there were."""
+        if devices == self.devices:
+            return self
+        threads = threads or max(1, self.threads * self.devices // devices)
+        return dataclasses.replace(self, devices=devices, threads=threads)
 
     @property
     def shorter(self) -> Recipe | None:
