@@ -8,6 +8,7 @@ is a function of the tensors in `tensors()` and of its number.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from typing import Any
@@ -62,11 +63,20 @@ def make_fabric(recipe: Recipe) -> Any:
         accelerator=accelerator,
         devices=launch.local_world(),
         num_nodes=launch.machines(),
-        strategy=DDPStrategy(broadcast_buffers=False),  # `share_norms` keeps them the same
+        strategy=DDPStrategy(**_own_buffers()),
         precision=precision,
     )
     fabric.launch()
     return fabric
+
+
+def _own_buffers() -> dict[str, Any]:
+    """DDP's option to leave buffers alone, by its name in this torch: `share_norms` keeps them the
+    same in all processes."""
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    return {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
