@@ -14,7 +14,7 @@ from torch import nn
 from crosspatch.data.loading import epoch_order
 from crosspatch.errors import Interrupted, UsageError
 from crosspatch.objectives.supervised import Supervised
-from crosspatch.training import guard, loop
+from crosspatch.training import guard, loop, writer
 from crosspatch.training.guard import NotFinite, Watch, boundary, factor, spoilt
 from crosspatch.training.package import load_model
 from crosspatch.training.state import BEFORE, GOOD, LAST, load_state, read_state
@@ -68,8 +68,8 @@ def only_finite_states(monkeypatch):
 
         return call
 
-    for name in ("save_state", "save_model"):
-        monkeypatch.setattr(loop, name, checked(getattr(loop, name)))
+    for room, name in ((writer, "save_state"), (loop, "save_model")):
+        monkeypatch.setattr(room, name, checked(getattr(room, name)))
 
 
 def nan_table(run):

@@ -158,6 +158,20 @@ class RunFolder:
         return self.path / "config.toml"
 
     @property
+    def report_path(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the folder holds a run that was trained and judged to its end."""
+        return self.config_path.is_file() and self.report_path.is_file()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the folder holds a run that was begun and has not ended."""
+        return self.config_path.is_file() and not self.report_path.is_file()
+
+    @property
     def last(self) -> Path:
         return self.path / "last"
 

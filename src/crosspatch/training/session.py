@@ -16,9 +16,9 @@ import numpy as np
 
 import crosspatch
 from crosspatch.data.prepare import survey, write_skipped
-from crosspatch.data.sources import DIGITS, Source, open_source
+from crosspatch.data.sources import Source, open_source
 from crosspatch.data.split import gaps, make_split, read_split, write_split
-from crosspatch.errors import DataError, UsageError
+from crosspatch.errors import UsageError
 from crosspatch.training import machine as machines
 from crosspatch.training import plan as plans
 from crosspatch.training.balance import resolve_balance
@@ -26,11 +26,11 @@ from crosspatch.training.judge import finish, split_sizes, weight
 from crosspatch.training.loop import fit
 from crosspatch.training.measure import resolve_products, settle_length
 from crosspatch.training.objective import make_objective
-from crosspatch.training.optim import AGAIN
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent
+from crosspatch.training.resuming import Asked, begun_reading, continue_run, with_defaults
 from crosspatch.training.run import RunFolder
 from crosspatch.versions import installed
 
@@ -46,11 +46,14 @@ def train_run(
     resume: bool = False,
     overwrite: bool = False,
     reading: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Train on `source_spec` into the folder `out`; returns the summary (plain JSON values).
 
     overrides: see `training.plan`; reading: what `open_source` is told of columns and groups (a run
-    that is continued knows it). Validation chooses the weights; test is touched once, at the
+    that is continued knows it). A run in `out` that has not ended is continued with `resume`, or
+    when all is as it was begun; `force`: also with other settings and pictures, where that can be
+    (`training.resuming`). Validation chooses the weights; test is touched once, at the
     end. Summary: run, out, data, model, parameters, size, classes, images, skipped, split, epochs,
     steps, best (row of metrics.csv), val and test (figures of the task, None without pictures),
     calibration (temperature, images it was fitted on), seconds, files.
@@ -59,11 +62,18 @@ def train_run(
     began = time.perf_counter()
     reporter = reporter or Silent()
     given = plans.check_overrides(overrides or {})
-    reading = _reading(Path(out), dict(reading or {}), resume)
+    begun = resume or (RunFolder(out).unfinished and not overwrite)
+    if force and not begun:
+        raise _nothing_to_force(Path(out))
+    reading = dict(reading or {})
+    if begun and RunFolder(out).config_path.is_file():
+        reading = begun_reading(Path(out), reading, whole=not resume)
     source = open_source(source_spec, **reading)
-    with RunFolder.create(out, overwrite=overwrite, resume=resume) as run:
-        if resume:
-            recipe, pictures, config = _continue(run, source, given, reporter)
+    with RunFolder.create(out, overwrite=overwrite, resume=begun) as run:
+        if begun:
+            asked = Asked(given, whole=not resume, force=force)
+            recipe, pictures, config = continue_run(run, source, asked, reporter)
+            config = {**config, "versions": _versions(recipe)}
         else:
             recipe, pictures, config = _begin(
                 run, source, source_spec, reading, given, reporter, began
@@ -73,26 +83,19 @@ def train_run(
         facts = {"fingerprint": pictures.fingerprint, "versions": config["versions"]}
         train, val = pictures.part("train"), pictures.validation
         train_it = fit_probe if recipe.penalties else fit
-        outcome = train_it(recipe, objective, train, val, run, reporter, resume=resume, facts=facts)
+        how = {"resume": begun, "force": force, "facts": facts}
+        outcome = train_it(recipe, objective, train, val, run, reporter, **how)
         summary = finish(run, recipe, pictures, config, outcome, reporter)
     reporter.done(summary)
     return summary
 
 
-def _reading(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """How the data are read: as asked, and when a run is continued as it was begun."""
-    if not resume or not (out / "config.toml").is_file():
-        return asked
-    begun = RunFolder(out).read_config().get("reading", {})
-    changed = [f"{key} {value} (was {begun.get(key, 'not given')})" for key, value in asked.items()
-               if begun.get(key) != value]  # fmt: skip
-    if changed:
-        raise UsageError(
-            f"the run was begun with its data read otherwise: {', '.join(changed)}",
-            "--resume alone, or the columns and groups it was begun with",
-            "leave them away, or train anew with --overwrite",
-        )
-    return begun
+def _nothing_to_force(out: Path) -> UsageError:
+    return UsageError(
+        f"--force, and {out} holds no run that could go on",
+        "--force goes on with a run whose settings or pictures have changed",
+        "leave --force out, or add --resume",
+    )
 
 
 def _begin(
@@ -105,8 +108,7 @@ def _begin(
     began: float,
 ) -> tuple[Recipe, Pictures, dict[str, Any]]:
     """Plan, decode, divide, measure; write what the folder needs before the first step."""
-    if source.name == DIGITS:
-        given = {"flip": False, **given}
+    given = with_defaults(source, given)
     seed, look, machine = given.get("seed", 0), survey(source), machines.look()
     guess = make_split(source, seed=seed)
     first, _ = plans.plan(look, len(guess.train), len(source.classes), machine, given)
@@ -147,36 +149,6 @@ def _begin(
     return recipe, pictures, config
 
 
-def _continue(
-    run: RunFolder, source: Source, given: dict[str, Any], reporter: Reporter
-) -> tuple[Recipe, Pictures, dict[str, Any]]:
-    """The recipe, pictures and split that the run was begun with."""
-    config = _lengthen(run, run.read_config(), given, reporter)
-    asked, recipe = config.get("asked", {}), Recipe.from_dict(config.get("recipe", {}))
-    changed = [
-        f"--{key} {value} (was {asked.get(key, 'not given')})"
-        for key, value in given.items()
-        if asked.get(key) != (list(value) if isinstance(value, tuple) else value)
-    ]
-    if changed:
-        raise UsageError(
-            f"the run was begun with other settings: {', '.join(changed)}",
-            "--resume alone, or the settings it was begun with",
-            "leave them away, or train anew with --overwrite",
-        )
-    fingerprint = source.fingerprint()
-    if fingerprint != config["run"]["fingerprint"]:
-        raise DataError(
-            "the pictures are no longer those the run was begun with (names, sizes or labels)",
-            f"the data of {config['run']['data']} as it was",
-            "put it back, or train anew with --overwrite",
-        )
-    split = read_split(run.path / "split.csv", source)
-    pictures = Pictures(source, read_pictures(source, recipe, reporter), split, fingerprint)
-    now = _versions(recipe)
-    return recipe, pictures, {**config, "versions": now}
-
-
 def _refuse_seen(run: RunFolder, pictures: Pictures) -> None:
     """Raises UsageError where `run`, which gives the weights, was trained on pictures that would
     validate or test them here."""
@@ -194,47 +166,6 @@ def _refuse_seen(run: RunFolder, pictures: Pictures) -> None:
             "the split of that run, for the same pictures",
             f"add {flags}",
         )
-
-
-def _lengthen(
-    run: RunFolder, config: dict[str, Any], given: dict[str, Any], reporter: Reporter
-) -> dict[str, Any]:
-    """The settings of a run that has ended and is to have more epochs; else as they were.
-
-    Raises UsageError when it has had as many already.
-    """
-    recipe, epochs = Recipe.from_dict(config.get("recipe", {})), given.get("epochs")
-    ended = (run.path / "report.json").is_file()
-    if not ended or epochs in (None, config["asked"].get("epochs"), recipe.epochs):
-        return config
-    if recipe.penalties or recipe.schedule == "epochs":
-        raise UsageError(
-            f"--epochs {epochs:g} for a run of --recipe {recipe.name} that has ended",
-            "a recipe whose rates may rise once more, such as small",
-            "train anew with --overwrite",
-        )
-    steps = round(epochs * recipe.steps_per_epoch)
-    if steps <= recipe.steps:
-        raise UsageError(
-            f"--epochs {epochs:g}, and the run has ended after {recipe.epochs}",
-            "more epochs than it has had",
-            f"--resume --epochs {2 * recipe.epochs}, or train anew with --overwrite",
-        )
-    longer = recipe.longer(steps)
-    estimate = config["run"]["estimate_seconds"] * (steps - recipe.steps) / recipe.steps
-    config = {
-        **config,
-        "run": {**config["run"], "estimate_seconds": round(estimate, 1)},
-        "asked": {**config["asked"], "epochs": epochs},
-        "recipe": longer.to_dict(),
-    }
-    run.write_config(config)
-    (run.path / "report.json").unlink()
-    reporter.message(
-        f"Goes on to {longer.epochs} epochs: the rate rises once more, to {AGAIN * recipe.lr:.2g}, "
-        "and falls as half a cosine."
-    )
-    return config
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:
