@@ -113,7 +113,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 def _unwritable(path: Path, error: Exception) -> UsageError:
     return UsageError(
-        f"{path} cannot be written: {error}",
+        f"{path} cannot be written: {error.got if isinstance(error, DataError) else error}",
         "a folder that can be written, with room for the state",
         "make room or choose another --out, then continue with --resume",
     )
@@ -130,7 +130,11 @@ def save_state(
     """
     record = {"schema": SCHEMA, "crc32": checksum(tensors), "meta": meta}
     aside = write_aside(folder / name, tensors, {KEY: json.dumps(record)})
-    read_state(aside)
+    try:
+        read_state(aside)
+    except DataError as error:
+        aside.unlink(missing_ok=True)
+        raise _unwritable(folder / name, error) from error
     if name == LAST and (folder / LAST).exists():
         os.replace(folder / LAST, folder / BEFORE)
     os.replace(aside, folder / name)
