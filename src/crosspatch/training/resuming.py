@@ -133,10 +133,12 @@ def _differs(
     kind = DataError if files else UsageError
     fixed = [key for key in asked.given if not _changeable(key, asked.given, run)]
     force = "" if fixed else "add --resume --force to go on with what is there now, "
+    back = [word for word, there in (("leave the settings away", settings),
+                                     ("put the pictures back", files)) if there]  # fmt: skip
     return kind(
         "; ".join(parts),
         "the same settings and the same pictures (names, sizes and labels)",
-        f"leave the settings away and put pictures back, {force}or train anew with --overwrite",
+        f"{' and '.join(back)}, {force}or train anew with --overwrite",
     )
 
 
@@ -182,9 +184,12 @@ def _force(
     reasons = [f"--force changed the run while it was under way: {'; '.join(listed)}."]
     changed = _changed_recipe(recipe, given, pictures, reasons)
     _require_steps_left(run, recipe, changed)
+    share = changed.steps * changed.batch / (recipe.steps * recipe.batch)
+    estimate = round(config["run"]["estimate_seconds"] * share, 1)
+    facts = {"fingerprint": pictures.fingerprint, "estimate_seconds": estimate}
     config = {
         **config,
-        "run": {**config["run"], "fingerprint": pictures.fingerprint},
+        "run": {**config["run"], **facts},
         "asked": {**config["asked"], **_plain(given)},
         "why": {"reasons": [*config["why"]["reasons"], *reasons]},
         "recipe": changed.to_dict(),

@@ -248,17 +248,16 @@ class Stepper:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
     def _restore_optimiser(self, tensors: dict[str, Tensor]) -> None:
+        found: dict[str, dict[str, Tensor]] = {}
+        for place, value in _part(tensors, "optimiser/").items():
+            key, name = place.split("/", 1)
+            found.setdefault(name, {})[key] = value
+        on_cpu = {"step"} if self.device.type == "cpu" else set()
         for group in self.optimiser.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
-                state = {
-                    key.split("/")[1]: value
-                    for key, value in tensors.items()
-                    if key.startswith("optimiser/") and key.split("/", 2)[2] == name
-                }
-                on_cpu = {"step"} if self.device.type == "cpu" else set()
                 self.optimiser.state[parameter] = {
                     key: value.clone() if key in on_cpu else value.to(self.device, copy=True)
-                    for key, value in state.items()
+                    for key, value in found.get(name, {}).items()
                 }
 
 
