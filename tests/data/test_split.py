@@ -105,7 +105,7 @@ def test_the_table_is_read_back(tmp_path):
     split = make_split(source, np.arange(1, 18))
     write_split(tmp_path / "split.csv", source, split)
     lines = (tmp_path / "split.csv").read_text().splitlines()
-    assert lines[0] == "path,class,split"
+    assert lines[0] == "path,class,split,size"
     assert len(lines) == 18
     back = read_split(tmp_path / "split.csv", source)
     assert all(np.array_equal(a, b) for a, b in zip(parts(split), parts(back), strict=True))

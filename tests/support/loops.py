@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import math
 
 import torch
 from safetensors.torch import load_file
 
 from crosspatch.errors import Interrupted
+from crosspatch.objectives.supervised import Supervised
+from crosspatch.training.guard import factor
 from crosspatch.training.reporter import Silent
 from crosspatch.training.state import load_state
+from crosspatch.training.stepper import Stepper
 
 TIMES = ("elapsed", "images_per_second", "remaining")
 
@@ -34,6 +38,32 @@ class Stop(Silent):
 
     def epoch(self, row):
         self.rows.append(row)
+
+
+class Spoil:
+    """Makes the loss, or the gradient, of step `at` NaN while the rate is more than `most` of the
+    planned one: like a real divergence, it is a function of the state."""
+
+    def __init__(self, monkeypatch, at=11, most=0.0, what="loss"):
+        self.now, self.seen = False, 0
+        step, forward = Stepper.step, Supervised.forward
+
+        def watched(stepper, batch, epoch, number):
+            self.now = number == at and factor(stepper.cuts, number) > most
+            self.seen += self.now
+            step(stepper, batch, epoch, number)
+
+        def spoilt_forward(objective, inputs, progress):
+            out = forward(objective, inputs, progress)
+            if not self.now:
+                return out
+            if what == "loss":
+                return {**out, "loss": out["loss"] * math.nan}
+            infinite = (next(objective.parameters()) * 0).sum().sqrt()  # 0, of slope 0 * inf
+            return {**out, "loss": out["loss"] + infinite}
+
+        monkeypatch.setattr(Stepper, "step", watched)
+        monkeypatch.setattr(Supervised, "forward", spoilt_forward)
 
 
 def halt():

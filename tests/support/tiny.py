@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 from crosspatch.data.augment import AugmentConfig
@@ -35,18 +36,21 @@ class Stripes(Source):
 
 
 class TinyNet(nn.Module):
-    """A stand-in with what real models have: dropout, a normalisation with buffers, a token."""
+    """A stand-in with what real models have: dropout, drop path, a normalisation with
+    buffers, a token."""
 
-    def __init__(self, num_classes: int, img_size: tuple[int, int], **_: float) -> None:
+    def __init__(
+        self, num_classes: int, img_size: tuple[int, int], drop_path_rate: float = 0.0
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 2, 2)
         self.norm = nn.BatchNorm2d(8)
         self.token = nn.Parameter(torch.zeros(1, 1, 8))
-        self.drop = nn.Dropout(0.2)
+        self.drop, self.path = nn.Dropout(0.2), DropPath(drop_path_rate)
         self.head = nn.Linear(8 * (img_size[0] // 2) * (img_size[1] // 2), num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.norm(self.stem(x))) + self.token.view(1, 8, 1, 1)
+        x = self.path(torch.relu(self.norm(self.stem(x)))) + self.token.view(1, 8, 1, 1)
         return self.head(self.drop(x.flatten(1)))
 
     def no_weight_decay(self) -> set[str]:

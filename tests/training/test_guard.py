@@ -13,41 +13,14 @@ from torch import nn
 
 from crosspatch.data.loading import epoch_order
 from crosspatch.errors import Interrupted, UsageError
-from crosspatch.objectives.supervised import Supervised
-from crosspatch.training import guard, loop
+from crosspatch.training import guard, loop, writer
 from crosspatch.training.guard import NotFinite, Watch, boundary, factor, spoilt
 from crosspatch.training.package import load_model
 from crosspatch.training.state import BEFORE, GOOD, LAST, load_state, read_state
 from crosspatch.training.stepper import Stepper
-from support.loops import Stop, halt, same
+from support.loops import Spoil, Stop, halt, same
 
 BAD = 11  # the twelfth step; validations are due after 7, 14, 21, 28 and 30
-
-
-class Spoil:
-    """Makes the loss, or the gradient, of step `at` NaN while the rate is more than `most` of the
-    planned one: like a real divergence, it is a function of the state."""
-
-    def __init__(self, monkeypatch, at=BAD, most=0.0, what="loss"):
-        self.now, self.seen = False, 0
-        step, forward = Stepper.step, Supervised.forward
-
-        def watched(stepper, batch, epoch, number):
-            self.now = number == at and factor(stepper.cuts, number) > most
-            self.seen += self.now
-            step(stepper, batch, epoch, number)
-
-        def spoilt_forward(objective, inputs, progress):
-            out = forward(objective, inputs, progress)
-            if not self.now:
-                return out
-            if what == "loss":
-                return {**out, "loss": out["loss"] * math.nan}
-            infinite = (next(objective.parameters()) * 0).sum().sqrt()  # 0, of slope 0 * inf
-            return {**out, "loss": out["loss"] + infinite}
-
-        monkeypatch.setattr(Stepper, "step", watched)
-        monkeypatch.setattr(Supervised, "forward", spoilt_forward)
 
 
 @pytest.fixture
@@ -68,8 +41,8 @@ def only_finite_states(monkeypatch):
 
         return call
 
-    for name in ("save_state", "save_model"):
-        monkeypatch.setattr(loop, name, checked(getattr(loop, name)))
+    for room, name in ((writer, "save_state"), (loop, "save_model")):
+        monkeypatch.setattr(room, name, checked(getattr(room, name)))
 
 
 def nan_table(run):

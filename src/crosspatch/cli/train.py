@@ -50,6 +50,9 @@ class Folder:
     overwrite: bool = False
     """Delete the run that --out holds and start again."""
 
+    force: Annotated[bool, Parameter(negative=())] = False
+    """Go on although pictures or settings are no longer those it was begun with."""
+
 
 @Parameter(name="*", group=_BUDGET)
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +166,7 @@ def train(
             create_model(model)  # refuses the name, before any picture is read
         with _resumable(words.command("crosspatch", "train", data, "--out", out, "--resume"), out):
             summary = train_run(
-                data, out, overrides, screen, folder.resume, folder.overwrite, reading
+                data, out, overrides, screen, folder.resume, folder.overwrite, reading, folder.force
             )
     if output.json and launch.rank() == 0:
         print_json(summary)

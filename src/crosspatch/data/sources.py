@@ -95,6 +95,10 @@ class Source(ABC):
             digest.update(f"\0{item.key}\0{size}\0{item.label}".encode())
         return digest.hexdigest()
 
+    def sizes(self) -> list[int]:
+        """Of every item a number that changes with its file, nearly always: its bytes, mostly."""
+        return self._sizes()
+
     def alike(self) -> np.ndarray:
         """bool (N,): the items whose bytes may equal another's, as their sizes do."""
         sizes = np.array(self._sizes())

@@ -29,7 +29,7 @@ from crosspatch.data.layout import SPLITS
 from crosspatch.data.sources import Item, Source
 from crosspatch.errors import DataError, near
 
-__all__ = ["SPLITS", "Split", "gaps", "make_split", "read_split", "write_split"]
+__all__ = ["SPLITS", "Split", "carry_split", "gaps", "make_split", "read_split", "write_split"]
 
 _STREAM = 0x73706C69  # keeps these draws apart from all others of the same seed
 
@@ -90,15 +90,16 @@ def gaps(source: Source, split: Split) -> list[str]:
 
 
 def write_split(path: str | Path, source: Source, split: Split) -> None:
-    """Write split.csv: path, class, split; one row per picture in use, in the order of the
-    items."""
+    """Write split.csv: path, class, split, size (`Source.sizes`); one row per picture in use, in
+    the order of the items."""
+    sizes = source.sizes()
     rows = sorted((index, name) for name in SPLITS for index in getattr(split, name).tolist())
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["path", "class", "split"])
+        table.writerow(["path", "class", "split", "size"])
         for index, name in rows:
             item = source.items[index]
-            table.writerow([item.key, source.classes[item.label], name])
+            table.writerow([item.key, source.classes[item.label], name, sizes[index]])
 
 
 def read_split(path: str | Path, source: Source) -> Split:
@@ -121,6 +122,33 @@ def read_split(path: str | Path, source: Source) -> Split:
                 raise _differs(path, f"says split {row.get('split')!r} (near: {hint or 'none'})")
             parts[row["split"]].append(index)
     return Split(**{name: np.sort(np.array(parts[name], dtype=np.int64)) for name in SPLITS})
+
+
+def carry_split(
+    path: str | Path, source: Source, kept: np.ndarray, twins: Iterable[Sequence[int]] = ()
+) -> Split:
+    """The split of split.csv for data that have changed since: pictures that it names stay where
+    they were, those that are gone leave it, new ones train.
+
+    kept: indices of the readable items; twins: sets of items that are copies. A new picture goes
+    where the data say, else where a copy of it or its group is (of several to test, then val).
+    Raises DataError for a class that is left without a picture to train on.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        known = {row["path"]: row["split"] for row in csv.DictReader(file)}
+    together = units([item.group for item in source.items], twins)
+    judges = {}
+    for name in ("val", "test"):
+        judges |= {int(together[i]): name for i in kept if known.get(source.items[i].key) == name}
+    parts: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for index in np.sort(kept).tolist():
+        item = source.items[index]
+        told = item.split if item.split != "train" else None
+        name = known.get(item.key) or told or judges.get(int(together[index]), "train")
+        parts[name].append(index)
+    split = Split(**{name: np.array(parts[name], dtype=np.int64) for name in SPLITS})
+    _require_every_class(source, split.train)
+    return split
 
 
 def _carve(

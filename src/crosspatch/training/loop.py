@@ -2,9 +2,10 @@
 """The one training loop.
 
 A state is saved at ends of epochs (not more often than every `SAVE_SECONDS`), inside epochs every
-`SAVE_LONG_SECONDS`, at the end, and on SIGINT or SIGTERM. A run that is killed at any moment and
-resumed ends with the numbers of one that was not (same machine, same thread count). When a loss is
-not finite the run goes back and on with a lower rate: see `training.guard`.
+`SAVE_LONG_SECONDS`, at the end, and on SIGINT or SIGTERM, in a thread of its own
+(`training.writer`). A run that is killed at any moment and resumed ends with the numbers of one
+that was not (same machine, same thread count). When a loss is not finite the run goes back and on
+with a lower rate: see `training.guard`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from crosspatch.data.prepare import ImageSet
 from crosspatch.errors import Interrupted, UsageError
 from crosspatch.objectives import Objective
 from crosspatch.training import launch, team
+from crosspatch.training.changes import accept_state, require_untrained
 from crosspatch.training.evaluation import Stopped, predict_probabilities
 from crosspatch.training.guard import (
     CUT,
@@ -39,8 +41,9 @@ from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.run import RunFolder
 from crosspatch.training.signals import Signals
-from crosspatch.training.state import GOOD, LAST, keep_good, load_state, save_state
+from crosspatch.training.state import GOOD, LAST, load_state
 from crosspatch.training.stepper import Stepper
+from crosspatch.training.writer import StateWriter
 
 SAVE_SECONDS = 15.0
 SAVE_LONG_SECONDS = 60.0
@@ -97,6 +100,7 @@ class _Fit:
         self.due = recipe.evaluations()
         self.step, self.rows = 0, []
         self.clock, self.signals = _Clock(), Signals()
+        self.writer = StateWriter(run.last)
 
     def go(self) -> Outcome:
         """Train to the end from wherever the state stands."""
@@ -106,6 +110,7 @@ class _Fit:
                     self._save(GOOD)
                 while not self._done():
                     pass
+                self.writer.wait()
             except (Interrupted, Stopped) as stop:
                 self._stop(stop)
         return Outcome(
@@ -137,6 +142,7 @@ class _Fit:
         cuts, state = [*self.stepper.cuts, (back, CUT)], None
         if team.first():
             self.run.note_nan(NAN_COLUMNS, nan_rows(found, number, back, keys))
+            self.writer.wait()
             same = {"recipe": self.recipe.to_dict(), "fingerprint": self.facts.get("fingerprint")}
             state = good_state(self.run.last, back, cuts, same) if number <= TRIES else None
         state = team.share_state(state)
@@ -191,6 +197,7 @@ class _Fit:
 
     def _after_step(self) -> None:
         now = time.perf_counter()
+        self.writer.check()
         found = self.stepper.watch.found() if self.stepper.reads_each_step else None
         bad, stop, report, save = team.either(
             found is not None,
@@ -217,6 +224,8 @@ class _Fit:
         """Evaluation is owed, not scheduled: a kill between save and evaluation loses no row."""
         if bisect_right(self.due, self.step) <= len(self.rows):
             return False
+        if not self.rows:
+            self.writer.wait()  # who has a row has a state
         speed = self.clock.speed()
         row = self._row(speed, self._validate())
         self.rows.append(row)
@@ -229,13 +238,8 @@ class _Fit:
             self.run.append_metrics(row)
         self._tell(row)
         if team.either(time.perf_counter() - self.clock.saved >= self.save_seconds)[0]:
-            self._save()
-            self._keep_good()
+            self._save(good=True)
         return True
-
-    def _keep_good(self) -> None:
-        if team.first():
-            keep_good(self.run.last)
 
     def _tell(self, row: dict[str, Any]) -> None:
         self.reporter.epoch({**row, "remaining": self._remaining()})
@@ -289,19 +293,23 @@ class _Fit:
         """Seconds to the end at the pace so far, validation and saving included."""
         return self.clock.elapsed() / self.step * (self.recipe.steps - self.step)
 
-    def _save(self, name: str = LAST) -> None:
+    def _save(self, name: str = LAST, *, good: bool = False) -> None:
         self.stepper.mean_loss(self.step)
         self.stepper.check_weights(self.step)
+        epoch, batch = divmod(self.step, self.recipe.steps_per_epoch)
         meta = {
             **self.facts,
             "step": self.step,
+            "epoch": epoch,
+            "sampler": {"seed": self.recipe.seed, "epoch": epoch, "batch": batch},
+            "best": self.best() if self.rows else None,
             "rows": self.rows,
             "elapsed": self.clock.elapsed(),
             "recipe": self.recipe.to_dict(),
             "stepper": self.stepper.numbers(),
         }
         if team.first():
-            save_state(self.run.last, self.stepper.tensors(), meta, name)
+            self.writer.save(self.stepper.tensors(), meta, name, good=good)
         self.clock.saved = time.perf_counter()
 
     def _stop(self, cause: BaseException) -> None:
@@ -309,6 +317,7 @@ class _Fit:
             self._save()
         except NotFinite as found:
             self._go_back(found)
+        self.writer.wait()
         why = self.signals.name or "the program that watches it"
         raise Interrupted(
             f"stopped by {why} at step {self.step:,} of {self.recipe.steps:,}",
@@ -316,76 +325,31 @@ class _Fit:
             "continue with the same command and --resume",
         ) from cause
 
-    def resume(self) -> None:
-        """Go back to the newest usable state. Raises UsageError when the run was another one."""
+    def resume(self, force: bool = False) -> None:
+        """Go back to the newest usable state; with `force` also to one of other settings or data.
+
+        Raises UsageError when the run was another one, DataError where its states are gone.
+        """
         found = load_state(self.run.last) if team.first() else None
         state = team.share_state(found[:2] if found else None)
         if state is None:
+            if team.first():
+                require_untrained(self.run)
             self.reporter.message("No state was saved yet: the run begins at its first step.")
             return
         tensors, meta = state
         for remark in found[2] if found else ():
             self.reporter.message(remark)
-        longer = self._longer(meta)
-        if not longer:
-            self._compare(meta)
+        accepted = accept_state(meta, self.recipe, self.facts, force, self.reporter.message)
+        changed, meta = accepted is not meta, accepted
         self.stepper.restore(tensors, meta["stepper"])
         self.step, self.rows = meta["step"], meta["rows"]
         self.clock.before = meta["elapsed"]
-        if longer or self._regrouped(meta):
-            self._save()  # so that there is a state of this recipe to go back to
-            self._keep_good()
-        self.reporter.message(f"Continues at step {self.step:,} of {self.recipe.steps:,}.")
-
-    def _regrouped(self, meta: dict[str, Any]) -> bool:
-        """Whether the state is of another number of processes; it is said what that changes."""
-        then, now = meta["recipe"].get("devices", 1), self.recipe.devices
-        if then != now:
-            self.reporter.message(
-                f"Saved by {then} and continued by {now} process(es). As before: the pictures of "
-                "every batch, how they are augmented, the rates. Not as before: each process draws "
-                "dropout, stochastic depth and mixing of its own, and sums differ in the last "
-                "digits."
-            )
-        return then != now
-
-    def _before(self, meta: dict[str, Any]) -> Recipe:
-        """The recipe of a state, as these processes would have it."""
-        then, now = Recipe.from_dict(meta["recipe"]), self.recipe
-        return then if then.devices == now.devices else then.by(now.devices, now.threads)
-
-    def _longer(self, meta: dict[str, Any]) -> bool:
-        """Whether the state is the end of this run before it was made longer."""
-        before = self.recipe.shorter
-        return (
-            before is not None
-            and meta["step"] == before.steps
-            and self._before(meta) == before
-            and meta.get("fingerprint") == self.facts.get("fingerprint")
-        )
-
-    def _compare(self, meta: dict[str, Any]) -> None:
-        # settings that an older version did not know have their defaults
-        now, then = self.recipe.to_dict(), self._before(meta).to_dict()
-        changed = [
-            f"{key} {then.get(key)} -> {now.get(key)}"
-            for key in sorted(now.keys() | then.keys())
-            if now.get(key) != then.get(key)
-        ]
-        if meta.get("fingerprint") != self.facts.get("fingerprint"):
-            changed.append("the pictures (names, sizes or labels)")
-        if changed:
-            raise UsageError(
-                f"changed since the run was begun: {'; '.join(changed)}",
-                "the data and settings the run was begun with",
-                "put them back, or train anew with --overwrite",
-            )
-        for key, was in meta.get("versions", {}).items():
-            if self.facts.get("versions", {}).get(key) != was:
-                now_is = self.facts.get("versions", {}).get(key)
-                self.reporter.message(
-                    f"{key} was {was} and is {now_is}: the last digits may differ."
-                )
+        if changed:  # from here on there is a state of the run as it is now to go back to
+            self._save(good=True)
+        begins = "No state was saved after the start: the run begins at its first step."
+        goes_on = f"Continues at step {self.step:,} of {self.recipe.steps:,}."
+        self.reporter.message(goes_on if self.step else begins)
 
 
 def fit(
@@ -397,6 +361,7 @@ def fit(
     reporter: Reporter | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
     facts: dict[str, Any] | None = None,
     report_seconds: float = REPORT_SECONDS,
     save_seconds: float = SAVE_SECONDS,
@@ -404,7 +369,8 @@ def fit(
 ) -> Outcome:
     """Train `objective` by `recipe`; the best model by validation stands in `run.model` afterwards.
 
-    facts: written into the state; "fingerprint" and "versions" are compared on resume. Raises
+    facts: written into the state; "fingerprint" and "versions" are compared on resume; force: go on
+    from a state of other data or settings, where that can be (`training.changes`). Raises
     Interrupted (exit code 4) after SIGINT or SIGTERM, with the state saved; UsageError when a
     resumed run has other settings or data, the loss was not finite once more than `guard.TRIES`
     times, or the disk is full.
@@ -412,8 +378,11 @@ def fit(
     pace = (report_seconds, save_seconds, save_long_seconds)
     stepper = Stepper(recipe, objective)
     work = _Fit(recipe, stepper, train, val, run, reporter or Silent(), facts or {}, pace)
-    if resume:
-        work.resume()
-    if team.first():
-        run.write_metrics(work.rows)
-    return work.go()
+    try:
+        if resume:
+            work.resume(force)
+        if team.first():
+            run.write_metrics(work.rows)
+        return work.go()
+    finally:
+        work.writer.close()

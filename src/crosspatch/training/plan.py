@@ -2,10 +2,9 @@
 """The plan: from data and machine to a recipe, with the reasons in plain sentences.
 
 `overrides` are what the user typed: model, size, fit, batch, epochs, time (seconds), lr, seed,
-precision, compile, workers, flip, recipe, linear, balance, devices, weights (a run folder);
-and, for experiments, any other field of `Recipe` ("augment" then being a dict of `AugmentConfig`
-fields).
-They always win.
+precision, compile, workers, flip, recipe, linear, balance, weights (a run folder); and, for
+experiments, any other field of `Recipe` ("augment" then being a dict of `AugmentConfig` fields).
+They always win. `devices` is settled before there is a plan.
 """
 
 from __future__ import annotations
@@ -103,7 +102,6 @@ def plan(
         seed=given.get("seed", 0),
         workers=given.get("workers", 0),
         threads=machine.cores,
-        devices=given.get("devices", 1),
         linear=given.get("linear", "auto"),
         balance=given.get("balance", "auto"),
         time_budget=given.get("time"),

@@ -235,6 +235,7 @@ def fit_probe(
     reporter: Reporter | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
     facts: dict[str, Any] | None = None,
 ) -> Outcome:
     """Fit the head of `objective.exported` to `train`; the model stands in `run.model` afterwards.
@@ -242,7 +243,7 @@ def fit_probe(
     Takes what `loop.fit` takes; no state is kept, as nothing takes long. Raises UsageError for a
     model whose head is not linear, Interrupted (exit code 4) on Ctrl-C.
     """
-    del resume, facts
+    del resume, force, facts
     work = _Probe(recipe, objective, run, reporter or Silent())
     try:
         layer, rows, best = work.choose(train, val)

@@ -9,12 +9,13 @@ import json
 import os
 import shutil
 import tomllib
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from crosspatch.errors import DataError, UsageError
-from crosspatch.training.state import TEMPORARY, sweep
+from crosspatch.training.state import TEMPORARY, flush_file, flush_folder, sweep
 
 METRIC_COLUMNS: tuple[str, ...] = (
     "epoch", "epochs", "step", "train_loss", "val_loss", "val_accuracy", "val_low", "val_high",
@@ -120,6 +121,7 @@ class RunFolder:
         os.ftruncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
         self._lock = handle
+        _locked.add(self)
 
     def _clear(self) -> None:
         for name in OURS:
@@ -138,7 +140,11 @@ class RunFolder:
         if [entry.name for entry in self.path.iterdir()] == [".lock"]:
             (self.path / ".lock").unlink()
             self.path.rmdir()
-        os.close(self._lock)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
         self._lock = None
 
     def __enter__(self) -> RunFolder:
@@ -156,6 +162,20 @@ class RunFolder:
     @property
     def config_path(self) -> Path:
         return self.path / "config.toml"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the folder holds a run that was trained and judged to its end."""
+        return self.config_path.is_file() and self.report_path.is_file()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the folder holds a run that was begun and has not ended."""
+        return self.config_path.is_file() and not self.report_path.is_file()
 
     @property
     def last(self) -> Path:
@@ -226,7 +246,22 @@ class RunFolder:
     def _replace(self, name: str, text: str) -> None:
         draft = self.path / f"{TEMPORARY}{name}"
         draft.write_text(text, encoding="utf-8")
+        flush_file(draft)
         os.replace(draft, self.path / name)
+        flush_folder(self.path)
+
+
+_locked: weakref.WeakSet[RunFolder] = weakref.WeakSet()
+
+
+def _unlock_in_child() -> None:
+    """A forked worker would hold its parent's lock for as long as it outlives it."""
+    for run in list(_locked):
+        run._unlock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def _lock(handle: int) -> bool:

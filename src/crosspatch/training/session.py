@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import crosspatch
 from crosspatch.data.prepare import survey, write_skipped
-from crosspatch.data.sources import DIGITS, Source, open_source
+from crosspatch.data.sources import Source, open_source
 from crosspatch.data.split import SPLITS, Split, gaps, make_split, read_split, write_split
 from crosspatch.errors import DataError, UsageError
 from crosspatch.training import machine as machines
@@ -27,11 +27,11 @@ from crosspatch.training.judge import finish, split_sizes, weight
 from crosspatch.training.loop import fit
 from crosspatch.training.measure import resolve_products, settle_length
 from crosspatch.training.objective import make_objective
-from crosspatch.training.optim import AGAIN
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent
+from crosspatch.training.resuming import Asked, begun_reading, continue_run, with_defaults
 from crosspatch.training.run import RunFolder
 from crosspatch.versions import installed
 
@@ -47,11 +47,14 @@ def train_run(
     resume: bool = False,
     overwrite: bool = False,
     reading: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Train on `source_spec` into the folder `out`; returns the summary (plain JSON values).
 
     overrides: see `training.plan`; reading: what `open_source` is told of columns and groups (a run
-    that is continued knows it). Validation chooses the weights; test is touched once, at the
+    that is continued knows it). A run in `out` that has not ended is continued with `resume`, or
+    when all is as it was begun; `force`: also with other settings and pictures, where that can be
+    (`training.resuming`). Validation chooses the weights; test is touched once, at the
     end. Summary: run, out, data, model, parameters, size, classes, images, skipped, split, epochs,
     steps, best (row of metrics.csv), val and test (figures of the task, None without pictures),
     calibration (temperature, images it was fitted on), seconds, files.
@@ -60,29 +63,42 @@ def train_run(
     """
     began = time.perf_counter()
     given = plans.check_overrides(overrides or {})
-    with team.joined(given.get("devices")):
-        if team.size() > 1:
-            given["devices"] = team.size()
+    with team.joined(given.pop("devices", None)):
         told = dict(reading or {})
         reporter = reporter if reporter and team.first() else Silent()
-        return _train(source_spec, Path(out), given, reporter, resume, overwrite, told, began)
+        wish = _Wish(Path(out), resume, overwrite, force)
+        return _train(source_spec, wish, given, reporter, told, began)
+
+
+class _Wish(NamedTuple):
+    """What is to be done with the run in `out`."""
+
+    out: Path
+    resume: bool
+    overwrite: bool
+    force: bool
 
 
 def _train(
     source_spec: str | Path,
-    out: Path,
+    wish: _Wish,
     given: dict[str, Any],
     reporter: Reporter,
-    resume: bool,
-    overwrite: bool,
     reading: dict[str, Any],
     began: float,
 ) -> dict[str, Any]:
-    reading = _reading(out, reading, resume)
+    out, resume, overwrite, force = wish
+    begun = team.share(resume or (RunFolder(out).unfinished and not overwrite))
+    if force and not begun:
+        raise _nothing_to_force(out)
+    if begun and team.share(RunFolder(out).config_path.is_file()):
+        was = begun_reading(out, reading, whole=not resume) if team.first() else None
+        reading = team.share(was)
     source = open_source(source_spec, **reading)
-    with _folder(out, overwrite=overwrite, resume=resume) as run:
-        if resume:
-            recipe, pictures, config = _continue(run, source, given, reporter)
+    with _folder(out, overwrite=overwrite, resume=begun) as run:
+        if begun:
+            asked = Asked(given, whole=not resume, force=force)
+            recipe, pictures, config = _continue(run, source, asked, reporter)
         else:
             recipe, pictures, config = _begin(
                 run, source, source_spec, reading, given, reporter, began
@@ -92,7 +108,8 @@ def _train(
         facts = {"fingerprint": pictures.fingerprint, "versions": config["versions"]}
         train, val = pictures.part("train"), pictures.validation
         train_it = fit_probe if recipe.penalties else fit
-        outcome = train_it(recipe, objective, train, val, run, reporter, resume=resume, facts=facts)
+        how = {"resume": begun, "force": force, "facts": facts}
+        outcome = train_it(recipe, objective, train, val, run, reporter, **how)
         summary = finish(run, recipe, pictures, config, outcome, reporter)
     reporter.done(summary)
     return summary
@@ -105,20 +122,12 @@ def _folder(out: Path, *, overwrite: bool, resume: bool) -> RunFolder:
     return RunFolder.create(out, overwrite=overwrite, resume=resume)
 
 
-def _reading(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """How the data are read: as asked, and when a run is continued as it was begun."""
-    if not resume or not team.share((out / "config.toml").is_file()):
-        return asked
-    begun = team.share(RunFolder(out).read_config().get("reading", {}) if team.first() else None)
-    changed = [f"{key} {value} (was {begun.get(key, 'not given')})" for key, value in asked.items()
-               if begun.get(key) != value]  # fmt: skip
-    if changed:
-        raise UsageError(
-            f"the run was begun with its data read otherwise: {', '.join(changed)}",
-            "--resume alone, or the columns and groups it was begun with",
-            "leave them away, or train anew with --overwrite",
-        )
-    return begun
+def _nothing_to_force(out: Path) -> UsageError:
+    return UsageError(
+        f"--force, and {out} holds no run that could go on",
+        "--force goes on with a run whose settings or pictures have changed",
+        "leave --force out, or add --resume",
+    )
 
 
 def _begin(
@@ -131,11 +140,16 @@ def _begin(
     began: float,
 ) -> tuple[Recipe, Pictures, dict[str, Any]]:
     """Plan, decode, divide, measure; write what the folder needs before the first step."""
-    if source.name == DIGITS:
-        given = {"flip": False, **given}
+    given = with_defaults(source, given)
     seed, look, machine = given.get("seed", 0), survey(source), machines.look()
     guess = make_split(source, seed=seed)
     first, _ = plans.plan(look, len(guess.train), len(source.classes), machine, given)
+    if first.penalties and team.size() > 1:
+        raise UsageError(
+            f"{team.size()} processes with --recipe {first.name}",
+            "one process: a linear probe takes seconds",
+            "leave --devices away",
+        )
     prepared = read_pictures(source, first, reporter)
     split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.twins)
     pictures = Pictures(source, prepared, split, source.fingerprint())
@@ -145,7 +159,7 @@ def _begin(
     recipe, reasons = plans.plan(look, len(split.train), len(source.classes), machine, given)
     shape = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
-    recipe = replace(recipe, **shape, workers=workers)
+    recipe = replace(recipe, **shape, workers=workers, devices=team.size())
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     recipe = Recipe.from_dict(team.share(recipe.to_dict()))
@@ -177,6 +191,24 @@ def _begin(
     return recipe, pictures, config
 
 
+def _continue(
+    run: RunFolder, source: Source, asked: Asked, reporter: Reporter
+) -> tuple[Recipe, Pictures, dict[str, Any]]:
+    """What `continue_run` finds in the run's folder, in all processes, and as many as there are."""
+    if team.first():
+        recipe, pictures, config = continue_run(run, source, asked, reporter)
+        parts = [getattr(pictures.split, name).tolist() for name in SPLITS]
+        team.share([recipe.to_dict(), config, parts])
+    else:
+        settings, config, parts = team.share()
+        recipe, split = Recipe.from_dict(settings), Split(*(np.array(p, np.int64) for p in parts))
+        prepared = read_pictures(source, recipe, reporter)
+        pictures = Pictures(source, prepared, split, source.fingerprint())
+    _require_alike(pictures)
+    recipe = recipe.by(team.size())
+    return recipe, pictures, {**config, "versions": _versions(recipe)}
+
+
 def _require_alike(pictures: Pictures) -> None:
     """Raises DataError when the processes of a team do not read the same pictures."""
     kept = pictures.prepared.kept
@@ -189,42 +221,6 @@ def _require_alike(pictures: Pictures) -> None:
                 "the same files on every machine",
                 "copy the data anew, or use a shared folder",
             )
-
-
-def _continue(
-    run: RunFolder, source: Source, given: dict[str, Any], reporter: Reporter
-) -> tuple[Recipe, Pictures, dict[str, Any]]:
-    """The recipe, pictures and split that the run was begun with."""
-    config = team.share(run.read_config() if team.first() else None)
-    config = _lengthen(run, config, given, reporter)
-    asked, recipe = config.get("asked", {}), Recipe.from_dict(config.get("recipe", {}))
-    changed = [
-        f"--{key} {value} (was {asked.get(key, 'not given')})"
-        for key, value in given.items()
-        if asked.get(key) != (list(value) if isinstance(value, tuple) else value)
-        and key != "devices"  # another number of processes goes on with the run: see `fit`
-    ]
-    if changed:
-        raise UsageError(
-            f"the run was begun with other settings: {', '.join(changed)}",
-            "--resume alone, or the settings it was begun with",
-            "leave them away, or train anew with --overwrite",
-        )
-    fingerprint = source.fingerprint()
-    if fingerprint != config["run"]["fingerprint"]:
-        raise DataError(
-            "the pictures are no longer those the run was begun with (names, sizes or labels)",
-            f"the data of {config['run']['data']} as it was",
-            "put it back, or train anew with --overwrite",
-        )
-    split = read_split(run.path / "split.csv", source) if team.first() else None
-    parts = team.share([getattr(split, name).tolist() for name in SPLITS] if split else None)
-    split = Split(*(np.array(part, np.int64) for part in parts))
-    pictures = Pictures(source, read_pictures(source, recipe, reporter), split, fingerprint)
-    _require_alike(pictures)
-    recipe = recipe.by(team.size())
-    now = _versions(recipe)
-    return recipe, pictures, {**config, "versions": now}
 
 
 def _refuse_seen(run: RunFolder, pictures: Pictures) -> None:
@@ -244,48 +240,6 @@ def _refuse_seen(run: RunFolder, pictures: Pictures) -> None:
             "the split of that run, for the same pictures",
             f"add {flags}",
         )
-
-
-def _lengthen(
-    run: RunFolder, config: dict[str, Any], given: dict[str, Any], reporter: Reporter
-) -> dict[str, Any]:
-    """The settings of a run that has ended and is to have more epochs; else as they were.
-
-    Raises UsageError when it has had as many already.
-    """
-    recipe, epochs = Recipe.from_dict(config.get("recipe", {})), given.get("epochs")
-    ended = team.share((run.path / "report.json").is_file())
-    if not ended or epochs in (None, config["asked"].get("epochs"), recipe.epochs):
-        return config
-    if recipe.penalties or recipe.schedule == "epochs":
-        raise UsageError(
-            f"--epochs {epochs:g} for a run of --recipe {recipe.name} that has ended",
-            "a recipe whose rates may rise once more, such as small",
-            "train anew with --overwrite",
-        )
-    steps = round(epochs * recipe.steps_per_epoch)
-    if steps <= recipe.steps:
-        raise UsageError(
-            f"--epochs {epochs:g}, and the run has ended after {recipe.epochs}",
-            "more epochs than it has had",
-            f"--resume --epochs {2 * recipe.epochs}, or train anew with --overwrite",
-        )
-    longer = recipe.longer(steps)
-    estimate = config["run"]["estimate_seconds"] * (steps - recipe.steps) / recipe.steps
-    config = {
-        **config,
-        "run": {**config["run"], "estimate_seconds": round(estimate, 1)},
-        "asked": {**config["asked"], "epochs": epochs},
-        "recipe": longer.to_dict(),
-    }
-    if team.first():
-        run.write_config(config)
-        (run.path / "report.json").unlink()
-    reporter.message(
-        f"Goes on to {longer.epochs} epochs: the rate rises once more, to {AGAIN * recipe.lr:.2g}, "
-        "and falls as half a cosine."
-    )
-    return config
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:

@@ -4,7 +4,9 @@
 `last/last.safetensors` is the newest, `last/last-1.safetensors` the one before. A new state is
 written beside them, flushed to the disk and read back; only then are the two moved on. What is
 torn, cut or foreign is named and skipped for the older one. `last/good.safetensors` is the newest
-that was saved beside a validation, for a run that has to go back. Nothing is unpickled, ever.
+that was saved beside a validation, for a run that has to go back, and the last resort when both
+others are unusable. Nothing is unpickled, ever. `training.writer` does the writing beside the
+training.
 """
 
 from __future__ import annotations
@@ -26,6 +28,12 @@ LAST, BEFORE, GOOD = "last.safetensors", "last-1.safetensors", "good.safetensors
 TEMPORARY = ".writing-"
 KEY = "crosspatch-state"
 SCHEMA = 1
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""What a tensor's type is called in a safetensors file."""
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:
@@ -36,8 +44,12 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
         head = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
         value = zlib.crc32(head.encode(), value)
         if tensor.numel():
-            value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+            value = zlib.crc32(_bytes(tensor), value)
     return value
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def flush_folder(folder: Path) -> None:
@@ -62,24 +74,46 @@ def write_aside(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, s
 
     Raises UsageError when the disk is full or the folder cannot be written; nothing is left behind.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(plain, aside, metadata=metadata)
+        write_tensors(aside, plain, metadata)
         flush_file(aside)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         aside.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
     return aside
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write contiguous tensors on the CPU as a safetensors file, piece by piece.
+
+    The library's own writer copies them all into one buffer first and keeps the interpreter busy
+    meanwhile; here other threads go on, and no memory is taken. The layout is the library's:
+    eight bytes with the length of a JSON header, the header, the tensors, widest types first.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for name in order:
+        tensor = tensors[name]
+        end = at + tensor.numel() * tensor.element_size()
+        kind, shape = TYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            if tensors[name].numel():
+                file.write(_bytes(tensors[name]))
+
+
 def _unwritable(path: Path, error: Exception) -> UsageError:
     return UsageError(
-        f"{path} cannot be written: {error}",
+        f"{path} cannot be written: {error.got if isinstance(error, DataError) else error}",
         "a folder that can be written, with room for the state",
         "make room or choose another --out, then continue with --resume",
     )
@@ -96,7 +130,11 @@ def save_state(
     """
     record = {"schema": SCHEMA, "crc32": checksum(tensors), "meta": meta}
     aside = write_aside(folder / name, tensors, {KEY: json.dumps(record)})
-    read_state(aside)
+    try:
+        read_state(aside)
+    except DataError as error:
+        aside.unlink(missing_ok=True)
+        raise _unwritable(folder / name, error) from error
     if name == LAST and (folder / LAST).exists():
         os.replace(folder / LAST, folder / BEFORE)
     os.replace(aside, folder / name)
@@ -158,7 +196,7 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[st
 
     Raises DataError when there are state files and not one of them is usable.
     """
-    remarks, found = [], [path for path in (folder / LAST, folder / BEFORE) if path.exists()]
+    remarks, found = [], [path for name in (LAST, BEFORE, GOOD) if (path := folder / name).exists()]
     for path in found:
         try:
             tensors, meta = read_state(path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import random
 from typing import Any
 
 import numpy as np
@@ -80,10 +81,13 @@ def _own_buffers() -> dict[str, Any]:
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
-    """Seed torch's generators for one step: a pure function of (seed, step, rank)."""
+    """Seed the generators of torch, NumPy and Python for one step: a pure function of (seed, step,
+    rank)."""
     words = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     value = int(words[0] >> np.uint64(1))
     torch.default_generator.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value % 2**32)  # noqa: NPY002 - who draws from the global state gets the same
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
 
@@ -228,6 +232,7 @@ class Stepper:
         return {
             "loss_count": self.loss_count,
             "cuts": [list(cut) for cut in self.cuts],
+            "random": _random_states(),
             "scaler": self.fabric.strategy.precision.state_dict(),
             "groups": [
                 {k: v for k, v in group.items() if k not in ("params", "names")}
@@ -255,23 +260,42 @@ class Stepper:
         self.optimiser.zero_grad(set_to_none=True)
         if numbers["scaler"]:
             self.fabric.strategy.precision.load_state_dict(numbers["scaler"])
+        _restore_random(numbers.get("random"))
         torch.set_rng_state(tensors["random/torch"])
         if self.device.type == "cuda" and "random/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
     def _restore_optimiser(self, tensors: dict[str, Tensor]) -> None:
+        found: dict[str, dict[str, Tensor]] = {}
+        for place, value in _part(tensors, "optimiser/").items():
+            key, name = place.split("/", 1)
+            found.setdefault(name, {})[key] = value
+        on_cpu = {"step"} if self.device.type == "cpu" else set()
         for group in self.optimiser.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
-                state = {
-                    key.split("/")[1]: value
-                    for key, value in tensors.items()
-                    if key.startswith("optimiser/") and key.split("/", 2)[2] == name
-                }
-                on_cpu = {"step"} if self.device.type == "cpu" else set()
                 self.optimiser.state[parameter] = {
                     key: value.clone() if key in on_cpu else value.to(self.device, copy=True)
-                    for key, value in state.items()
+                    for key, value in found.get(name, {}).items()
                 }
+
+
+def _random_states() -> dict[str, Any]:
+    """Python's and NumPy's global states, as JSON holds them. No step depends on them."""
+    version, words, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the state that others draw from
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+    }
+
+
+def _restore_random(states: dict[str, Any] | None) -> None:
+    if states is None:  # a state of an older version
+        return
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))  # noqa: NPY002 - as above
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from crosspatch.errors import UsageError
 from crosspatch.training import launch
 
-PATIENCE = 600.0
+PATIENCE = 1800.0
 _LOST = (
     "gloo",
     "nccl",
