@@ -5,8 +5,10 @@ threads, how long a step and an evaluation take, and so how many steps there are
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +23,15 @@ from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.objective import make_objective
 from crosspatch.training.pictures import Pictures
 from crosspatch.training.recipe import Recipe
+from crosspatch.training.recipes import load_recipe
 from crosspatch.training.stepper import Stepper
 
 WARM, TIMED = 2, 5
 FEWER_THREADS = 1.4  # half the threads must be this much faster, so that a quiet machine keeps all
 EVAL_BATCHES = 2
+SMOOTH = 0.8  # of the losses of a range test
+WORSE = 4.0  # times the least loss: there a range test ends
+BELOW = 10.0  # the peak rate is this much below the rate of the least loss
 
 
 def resolve_products(recipe: Recipe) -> Recipe:
@@ -48,6 +54,9 @@ def settle_length(
         seen, val = pictures.prepared.images, pictures.validation
         return recipe, measure_evaluation(recipe, objective, val) * len(seen) / len(val)
     measuring = time.perf_counter()
+    if load_recipe(recipe.name).RANGE and "lr" not in given:
+        recipe = settle_rate(recipe, pictures, reasons)
+        measuring = time.perf_counter()
     recipe, per_step = choose_threads(recipe, pictures, given, reasons)
     compiling = time.perf_counter() - measuring if recipe.compile else 0.0  # and once more in `fit`
     objective = make_objective(recipe, pictures.source.classes)
@@ -61,6 +70,69 @@ def settle_length(
         recipe, why = plans.fit_to_time(recipe, per_step, per_eval, left - tail - compiling, given)
         reasons.append(why)
     return recipe, compiling + plans.run_seconds(recipe, per_step, per_eval)
+
+
+def settle_rate(recipe: Recipe, pictures: Pictures, reasons: list[str]) -> Recipe:
+    """The recipe with the peak rate that a range test finds, or its own where that finds none."""
+    source = load_recipe(recipe.name)
+    lowest, highest, steps = source.RANGE
+    given, losses = range_test(recipe, pictures, lowest, highest, steps)
+    tried = f"{len(losses)} steps with rates from {lowest:g} to {given[len(losses) - 1]:.2g}"
+    place = least(losses)
+    if place == 0:
+        reasons.append(f"Peak rate {recipe.lr:.2g}, the usual one: {tried} did not lower the loss.")
+        return recipe
+    lr = given[place] / BELOW
+    reasons.append(
+        f"Peak rate {lr:.2g}: of {tried} the loss was least at {given[place]:.2g}, and the peak "
+        "is a tenth of that (--lr skips this)."
+    )
+    return replace(recipe, lr=lr, min_lr=source.last_rate(lr))
+
+
+def rates(lowest: float, highest: float, steps: int) -> list[float]:
+    """`steps` rates from `lowest` to `highest`, each the same multiple of the one before."""
+    return [lowest * (highest / lowest) ** (i / (steps - 1)) for i in range(steps)]
+
+
+class _Rising(Stepper):
+    """Steps whose rates are given one by one."""
+
+    given: list[float]
+
+    def lr(self, step: int) -> float:
+        return self.given[step]
+
+
+def range_test(
+    recipe: Recipe, pictures: Pictures, lowest: float, highest: float, steps: int
+) -> tuple[list[float], list[float]]:
+    """(rates, smoothed losses in nats) of a throw-away training whose rate rises geometrically (the
+    range test of Smith, arXiv 1506.01186, section 3.3). It ends early where a loss is not finite or
+    `WORSE` times the least so far; only the recipe, its seed and the pictures decide it."""
+    tried = replace(recipe, steps=steps, freeze=0, ema=0.0, mix=(), mix_prob=(), mix_alpha=())
+    stepper = _Rising(tried, make_objective(tried, pictures.source.classes))
+    stepper.given = rates(lowest, highest, steps)
+    train, losses, mean, step = pictures.part("train"), [], 0.0, 0
+    while step < steps:
+        epoch = step // recipe.steps_per_epoch
+        for batch in train_batches(train, recipe.batch, epoch=epoch, seed=recipe.seed, workers=0):
+            stepper.reset_loss()
+            stepper.step(batch, epoch, step)
+            loss, step = float(stepper.loss_sum), step + 1
+            mean = SMOOTH * mean + (1 - SMOOTH) * loss
+            losses.append(mean / (1 - SMOOTH**step))
+            if not math.isfinite(loss) or losses[-1] > WORSE * min(losses):
+                return stepper.given, losses
+            if step == steps:
+                break
+    return stepper.given, losses
+
+
+def least(losses: Sequence[float]) -> int:
+    """The place of the least finite loss, 0 without any."""
+    finite = [place for place, loss in enumerate(losses) if math.isfinite(loss)]
+    return min(finite, key=losses.__getitem__, default=0)
 
 
 def choose_threads(
