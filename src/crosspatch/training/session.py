@@ -129,6 +129,8 @@ def _begin(
     recipe = replace(recipe, **kept, workers=workers)
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
+    if load_recipe(recipe.name).RANGE and "lr" not in given:
+        reporter.message("looking for the rate: some steps of a copy, thrown away afterwards")
     recipe, estimate = settle_length(recipe, pictures, given, reasons, began)
     if not recipe.penalties:
         reasons.append(plans.describe_augment(recipe))
@@ -200,7 +202,7 @@ def _plan_with_weights(
     if found is None and load_recipe(recipe.name).FREEZE:
         given = {**given, "recipe": "small"}
     recipe, _ = plans.plan(*shape, given, found)
-    if found is not None and recipe.size != found.shape.get("size"):
+    if found is not None:
         build_model(recipe, shape[2])
     return recipe, given, found, remarks
 
