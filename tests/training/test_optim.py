@@ -10,11 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import crosspatch as xp
+from crosspatch.errors import UsageError
+from crosspatch.models.registry import classifiers
 from crosspatch.training.optim import (
     AGAIN,
     Ema,
+    HeadFirst,
     ema_decay,
     epoch_rate,
+    layer_scales,
     make_optimiser,
     rate,
     set_rate,
@@ -122,3 +127,59 @@ def test_ema_follows_weights_and_copies_counters():
     assert int(ema.module.norm.num_batches_tracked) == 1
     assert not any(p.requires_grad for p in ema.module.parameters())
     assert not ema.module.training
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "stem"),
+    [
+        ("vit_micro_32", {}, "patch_embed"),
+        ("vit_micro_32", {"dist_token": True}, "dist_token"),
+        ("crossvit_micro_32", {}, "patch_embed"),
+        ("resnet10t", {}, "conv1"),
+    ],
+)
+@pytest.mark.parametrize("decay", [0.5, 0.75])
+def test_rates_fall_layer_by_layer_from_the_head_to_the_embeddings(name, arguments, stem, decay):
+    model = xp.create_model(name, num_classes=3, **arguments)
+    scales = layer_scales(model, decay)
+    assert scales.keys() == dict(model.named_parameters()).keys()
+    heads = tuple(classifiers(model))
+    assert heads
+    assert {scale for n, scale in scales.items() if n.startswith(heads)} == {1.0}
+    assert {scale for n, scale in scales.items() if n.startswith(stem)} == {min(scales.values())}
+    blocks: dict[int, set[float]] = {}
+    for n, scale in scales.items():
+        if n.startswith("blocks."):
+            blocks.setdefault(int(n.split(".")[1]), set()).add(scale)
+    found = [blocks[number] for number in sorted(blocks)]
+    assert all(len(one) == 1 for one in found)
+    flat = [one.pop() for one in found]
+    assert flat == sorted(flat)
+    assert all(scale < 1 for scale in flat)
+    assert sorted(set(scales.values())) == sorted(
+        decay**n for n in range(len(set(scales.values())))
+    )
+
+
+def test_each_group_has_its_share_of_the_rate():
+    model = xp.create_model("vit_micro_32", num_classes=3)
+    scales = layer_scales(model, 0.5)
+    optimiser = make_optimiser(
+        model, {"pos_embed"}, lr=1.0, weight_decay=0.1, betas=(0.9, 0.99), scales=scales
+    )
+    set_rate(optimiser, 0.01)
+    seen = {}
+    for group in optimiser.param_groups:
+        for name in group["names"]:
+            seen[name] = group["lr"] / 0.01
+            free = name == "pos_embed" or model.get_parameter(name).ndim <= 1
+            assert (group["weight_decay"] == 0) == free
+    assert seen == pytest.approx(scales)
+
+
+def test_a_model_without_layers_or_heads_is_refused():
+    with pytest.raises(UsageError, match="names no layers"):
+        layer_scales(nn.Linear(2, 2), 0.5)
+    with pytest.raises(UsageError, match="names no classifier"):
+        HeadFirst(nn.Linear(2, 2), 3)
+    HeadFirst(nn.Linear(2, 2), 0)

@@ -137,11 +137,9 @@ def test_what_was_typed_wins():
         ({"time": -1.0}, "--time"),
         ({"time": 60.0, "epochs": 3}, "both --time and --epochs"),
         ({"recipe": "smal"}, "--recipe small"),
-        ({"weights": "run"}, "leave --weights away, or add --recipe probe"),
-        ({"recipe": "deit", "weights": "run"}, "--weights with the recipe deit"),
+        ({"recipe": "finetune", "weights": "none"}, "--weights none with the recipe finetune"),
         ({"recipe": "probe", "epochs": 3}, "--epochs with the recipe probe"),
         ({"recipe": "probe", "flip": True}, "--flip with the recipe probe"),
-        ({"recipe": "probe", "weights": "r", "model": "m"}, "both --weights and --model"),
     ],
 )
 def test_bad_settings_are_refused(typed, match):

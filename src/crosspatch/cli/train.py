@@ -89,10 +89,14 @@ class Choices:
     """Peak learning rate."""
 
     recipe: Annotated[str | None, Parameter(metavar="NAME", show_default="small")] = None
-    """The set of defaults: small, deit (for large sets and GPUs), probe (a linear head)."""
+    """The set of defaults: small, finetune (begins with weights), deit (for large sets and GPUs),
+    probe (a linear head)."""
 
-    weights: Annotated[Path | None, Parameter(metavar="RUN")] = None
-    """With --recipe probe: the run whose features are used."""
+    weights: Annotated[
+        str | None,
+        Parameter(metavar="auto|none|FILE|RUN|NAME", show_default="none; finetune: auto"),
+    ] = None
+    """What it begins with: a run, a .safetensors file, a released checkpoint by timm's name."""
 
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of the computation."""

@@ -3,9 +3,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Table(NamedTuple):
+    """What a position table belongs to: a grid (h, w) and the prefix tokens that come first."""
+
+    grid: tuple[int, int]
+    n_prefix: int
+
+
+def resize_tables(
+    state: Mapping[str, Tensor],
+    new: Mapping[str, Table],
+    old: Mapping[str, Table] | None = None,
+) -> dict[str, Tensor]:
+    """`state` with the tables that `new` names resized to their grids.
+
+    old: the grids that the state's tables were learnt on; without it a table of another number of
+    rows belongs to a square grid, and ValueError is raised where there is none.
+    """
+    resized = dict(state)
+    for name, (grid, n_prefix) in new.items():
+        table = resized.get(name)
+        if table is None:
+            continue
+        if old is not None and name in old:
+            given = old[name].grid
+        elif table.shape[1] == n_prefix + grid[0] * grid[1]:
+            continue
+        else:
+            given = square_grid(table.shape[1] - n_prefix)
+        resized[name] = resize_table(table, given, grid, n_prefix)
+    return resized
 
 
 def resize_table(

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from crosspatch.layers.block import BlockOptions
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
-from crosspatch.layers.position import resize_table, square_grid
+from crosspatch.layers.position import Table, resize_tables
 from crosspatch.layers.resize import FixedResize
 from crosspatch.layers.tokens import Reducer, TokenState, as_map, mean_patch, select_patches
 from crosspatch.models.crossvit_fusion import FUSIONS, States
@@ -237,6 +237,10 @@ class CrossViT(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
+    def position_tables(self) -> dict[str, Table]:
+        """Grids of the learned positions of every branch, by the names of the tables."""
+        return {f"pos_embed.{i}": Table(grid, 1) for i, grid in enumerate(self.grids)}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
@@ -383,12 +387,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CrossViT) -> dict
         for kind in ("pos_embed", "cls_token"):
             name = name.replace(f"{kind}_", f"{kind}.")
         state[name] = value
-    for i, grid in enumerate(model.grids):
-        table = state.get(f"pos_embed.{i}")
-        if table is not None and table.shape[1] != model.pos_embed[i].shape[1]:
-            old = square_grid(table.shape[1] - 1)
-            state[f"pos_embed.{i}"] = resize_table(table, old, grid, 1)
-    return state
+    return resize_tables(state, model.position_tables())
 
 
 def _variant(width: int, heads: int, blocks: int, ratio: float, **more: Any) -> dict[str, Any]:
@@ -418,11 +417,14 @@ VARIANTS = {
     "crossvit_15_dagger_384": _variant(192, 6, 5, 3, **DAGGER_384),
     "crossvit_18_dagger_384": _variant(224, 7, 6, 3, **DAGGER_384),
 }
-# timm names the same weights after the size that goes in
-TIMM_NAMES = {
-    name.replace("_224", "_240").replace("_384", "_408"): arguments
-    for name, arguments in VARIANTS.items()
-}
+
+
+def _timm_name(name: str) -> str:
+    """timm names the same weights after the size that goes in."""
+    return name.replace("_224", "_240").replace("_384", "_408")
+
+
+TIMM_NAMES = {_timm_name(name): arguments for name, arguments in VARIANTS.items()}
 
 
 def _small(side: int, patches: tuple[int, int], width: int, depth: tuple) -> dict[str, Any]:
@@ -452,9 +454,11 @@ def _settings(name: str) -> Any:
     arguments = VARIANTS.get(name) or SMALL[name]
     side = arguments["img_size"] if name in SMALL else arguments["branch_sizes"][0]
     first = ".proj" if arguments.get("stem", "patch") == "patch" else ".proj.0"
-    more: dict[str, Any] = (
-        {} if name in SMALL else {"url": f"{RELEASE}/{name}.pth", "license": "apache-2.0"}
-    )
+    more: dict[str, Any] = {}
+    if name in VARIANTS:
+        more["url"] = f"{RELEASE}/{name}.pth"
+        more["hf_hub_id"] = f"timm/{_timm_name(name)}.in1k"
+        more["license"] = "apache-2.0"
     if side == 240:
         more["crop_pct"] = 0.875
     branches = range(2)

@@ -150,14 +150,19 @@ def _from_timm(name: str, arguments: dict[str, Any]) -> nn.Module:
         return model
 
 
-def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
-    """Load weights in the layout their authors released; returns `model`.
+def classifiers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that give logits, by name: one, or several whose logits the model averages.
 
-    Position tables are resized to the model's. Raises DataError naming every entry that is missing,
-    unexpected, misshapen or not finite; the model is then unchanged.
+    Empty for a model without timm's `get_classifier`.
     """
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    given = adapt(state_dict, model) if adapt else dict(state_dict.get("model", state_dict))
+    found: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    heads = list(found) if isinstance(found, nn.ModuleList | tuple) else [found]
+    return {name: one for name, one in model.named_modules() if any(one is h for h in heads)}
+
+
+def misfits(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What keeps `given` from being the state of `model`: entries by kind of trouble, empty where
+    it fits."""
     expected = model.state_dict()
     common = [name for name in expected if name in given]
     shapes = {
@@ -175,7 +180,24 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
             if given[name].is_floating_point() and not torch.isfinite(given[name]).all()
         ],
     }
-    found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    return {kind: names for kind, names in problems.items() if names}
+
+
+def adapted(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A released state dict under the model's names, positions resized: what the module of the
+    model makes of it (`checkpoint_filter_fn`), else its tensors as they are."""
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return adapt(state_dict, model) if adapt else dict(state_dict.get("model", state_dict))
+
+
+def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
+    """Load weights in the layout their authors released; returns `model`.
+
+    Position tables are resized to the model's. Raises DataError naming every entry that is missing,
+    unexpected, misshapen or not finite; the model is then unchanged.
+    """
+    given = adapted(model, state_dict)
+    found = [f"{kind}: {', '.join(names)}" for kind, names in misfits(model, given).items()]
     if found:
         raise DataError(
             f"the weights do not fit {type(model).__name__}; {'; '.join(found)}",

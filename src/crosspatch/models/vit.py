@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from crosspatch.layers.block import BlockOptions, BlockSpec, run_blocks
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
-from crosspatch.layers.position import resize_table, square_grid
+from crosspatch.layers.position import Table, resize_table, resize_tables
 from crosspatch.layers.stage import StageSpec, build_stages, truncated
 from crosspatch.layers.tokens import Reducer, TokenState, as_map, mean_patch, select_patches
 
@@ -268,6 +268,13 @@ class VisionTransformer(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^reductions", (99999,))],
         }
 
+    def position_tables(self) -> dict[str, Table]:
+        """Grids of the learned positions, by the names of the tables."""
+        if self.pos_embed is None:
+            return {}
+        n_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        return {"pos_embed": Table(self.grid, n_prefix)}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
@@ -411,11 +418,4 @@ def checkpoint_filter_fn(
 
     Takes DeiT's files ({"model": …}) and timm's. Raises ValueError where a table is no square grid.
     """
-    state = dict(state_dict.get("model", state_dict))
-    table = state.get("pos_embed")
-    if table is not None and model.pos_embed is not None:
-        n_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        if table.shape[1] != model.pos_embed.shape[1]:
-            old = square_grid(table.shape[1] - n_prefix)
-            state["pos_embed"] = resize_table(table, old, model.grid, n_prefix)
-    return state
+    return resize_tables(state_dict.get("model", state_dict), model.position_tables())

@@ -5,14 +5,16 @@ threads, how long a step and an evaluation take, and so how many steps there are
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from crosspatch.data.loading import train_batches
+from crosspatch.data.loading import Batch, train_batches
 from crosspatch.data.prepare import ImageSet
 from crosspatch.layers import linear
 from crosspatch.objectives import Objective
@@ -22,11 +24,16 @@ from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.objective import make_objective
 from crosspatch.training.pictures import Pictures
 from crosspatch.training.recipe import Recipe
+from crosspatch.training.recipes import load_recipe
 from crosspatch.training.stepper import Stepper
 
 WARM, TIMED = 2, 5
 FEWER_THREADS = 1.4  # half the threads must be this much faster, so that a quiet machine keeps all
 EVAL_BATCHES = 2
+SMOOTH = 0.6  # of the losses of a range test
+WORSE = 4.0  # times the least loss: there a range test ends
+RANGE_SHARE, RANGE_LEAST = 0.15, 12  # of a time budget at most; steps that tell something
+BELOW = 10.0  # the peak rate is this much below the rate of the least loss
 
 
 def resolve_products(recipe: Recipe) -> Recipe:
@@ -51,6 +58,11 @@ def settle_length(
     measuring = time.perf_counter()
     recipe, per_step = choose_threads(recipe, pictures, given, reasons)
     compiling = time.perf_counter() - measuring if recipe.compile else 0.0  # and once more in `fit`
+    if load_recipe(recipe.name).RANGE and "lr" not in given:
+        left = math.inf if recipe.time_budget is None else recipe.time_budget
+        left -= time.perf_counter() - began
+        most = team.share(int(min(1e9, RANGE_SHARE * left / per_step)))
+        recipe = settle_rate(recipe, pictures, reasons, most)
     objective = make_objective(recipe, pictures.source.classes)
     per_eval = measure_evaluation(recipe, objective, pictures.validation)
     if recipe.time_budget is None:
@@ -62,6 +74,85 @@ def settle_length(
         recipe, why = plans.fit_to_time(recipe, per_step, per_eval, left - tail - compiling, given)
         reasons.append(why)
     return recipe, compiling + plans.run_seconds(recipe, per_step, per_eval)
+
+
+def settle_rate(recipe: Recipe, pictures: Pictures, reasons: list[str], most: int) -> Recipe:
+    """The recipe with the peak rate that a range test of at most `most` steps finds, or its own
+    where that finds none.
+
+    The rule, a tenth of the rate at which the loss is least, is that of Howard and Gugger, "Deep
+    Learning for Coders with fastai and PyTorch", 2020, chapter 5.
+    """
+    source = load_recipe(recipe.name)
+    lowest, highest, steps = source.RANGE
+    steps = min(steps, most)
+    if steps < RANGE_LEAST:
+        reasons.append(f"Peak rate {recipe.lr:.2g}, the usual one: no time for a range test.")
+        return recipe
+    given, losses = range_test(recipe, pictures, lowest, highest, steps)
+    tried = f"{len(losses)} steps with rates from {lowest:g} to {given[len(losses) - 1]:.2g}"
+    place = least(losses)
+    if place == 0:
+        reasons.append(f"Peak rate {recipe.lr:.2g}, the usual one: {tried} did not lower the loss.")
+        return recipe
+    lr = given[place] / BELOW
+    reasons.append(
+        f"Peak rate {lr:.2g}: of {tried} the loss was least at {given[place]:.2g}, and the peak "
+        "is a tenth of that (--lr skips this)."
+    )
+    return replace(recipe, lr=lr, min_lr=source.last_rate(lr))
+
+
+def rates(lowest: float, highest: float, steps: int) -> list[float]:
+    """`steps` rates from `lowest` to `highest`, each the same multiple of the one before."""
+    return [lowest * (highest / lowest) ** (i / (steps - 1)) for i in range(steps)]
+
+
+class _Rising(Stepper):
+    """Steps whose rates are given one by one."""
+
+    given: list[float]
+
+    def lr(self, step: int) -> float:
+        return self.given[step]
+
+
+def range_test(
+    recipe: Recipe, pictures: Pictures, lowest: float, highest: float, steps: int
+) -> tuple[list[float], list[float]]:
+    """(rates, smoothed losses in nats) of a throw-away training whose rate rises geometrically (the
+    range test of Smith, arXiv 1506.01186, section 3.3). It ends early where a loss is not finite or
+    `WORSE` times the least so far; only the recipe, its seed and the pictures decide it."""
+    plain = {"mix": (), "mix_prob": (), "mix_alpha": (), "ema": 0.0, "compile": False}
+    tried = replace(recipe, steps=steps, freeze=0, **plain)
+    stepper = _Rising(tried, make_objective(tried, pictures.source.classes))
+    stepper.given = rates(lowest, highest, steps)
+    losses, mean = list[float](), 0.0
+    for step, (epoch, batch) in zip(range(steps), _batches(recipe, pictures), strict=False):
+        stepper.reset_loss()
+        stepper.step(batch, epoch, step)
+        loss = float(stepper.loss_sum)
+        mean = SMOOTH * mean + (1 - SMOOTH) * loss
+        losses.append(mean / (1 - SMOOTH ** (step + 1)))
+        if not math.isfinite(loss) or losses[-1] > WORSE * min(losses):
+            break
+    return stepper.given, losses
+
+
+def _batches(recipe: Recipe, pictures: Pictures) -> Iterator[tuple[int, Batch]]:
+    """Epoch by epoch the training batches, with the number of their epoch."""
+    how = {"repeats": recipe.repeats, "balanced": recipe.balance == "sampler"}
+    how |= {"rank": team.rank(), "world": team.size()}
+    train = pictures.part("train")
+    for epoch in itertools.count():
+        for batch in train_batches(train, recipe.batch, epoch=epoch, seed=recipe.seed, **how):
+            yield epoch, batch
+
+
+def least(losses: Sequence[float]) -> int:
+    """The place of the least finite loss, 0 without any."""
+    finite = [place for place, loss in enumerate(losses) if math.isfinite(loss)]
+    return min(finite, key=losses.__getitem__, default=0)
 
 
 def choose_threads(

@@ -6,10 +6,14 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from crosspatch.errors import UsageError
+from crosspatch.models.registry import classifiers
 
 FUSED = "adamw-fused"
 FOREACH = "adamw-foreach"
@@ -92,6 +96,28 @@ def split_decay(
     return decayed, undecayed
 
 
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """What the rate of each parameter is multiplied with: 1 in the head, `decay` times that in the
+    layer below it, and so on down to the embeddings (BEiT, arXiv 2106.08254, section 3.2; ULMFiT,
+    arXiv 1801.06146, section 3.2).
+
+    Layers are what the model's `group_matcher` says (timm's contract). Raises UsageError for a
+    model without one.
+    """
+    from timm.models import group_parameters
+
+    if not hasattr(model, "group_matcher"):
+        raise UsageError(
+            f"layer_decay = {decay:g} for {type(model).__name__}, which names no layers",
+            "a model with timm's group_matcher",
+            "set layer_decay to 1, or take another --model",
+        )
+    matcher = model.group_matcher()  # type: ignore[operator]
+    depth = group_parameters(model, matcher, reverse=True)
+    last = max(depth.values())
+    return {name: decay ** (last - layer) for name, layer in depth.items()}
+
+
 def make_optimiser(
     module: nn.Module,
     no_decay: set[str],
@@ -100,26 +126,72 @@ def make_optimiser(
     weight_decay: float,
     betas: tuple[float, float],
     kind: str = FUSED,
+    scales: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over `module`'s parameters. Each group carries its parameters' names ("names").
+    """AdamW over `module`'s parameters. Each group carries its parameters' names ("names") and,
+    with `scales` by name, what its rate is multiplied with ("scale").
 
     kind: `FUSED` is 2 to 3 times faster on a CPU than `FOREACH`; their bits differ, so the choice
     is part of the run. The loss scaling of fp16 needs `FOREACH`.
     """
     decayed, undecayed = split_decay(module, no_decay)
     groups = [
-        {"params": list(part.values()), "weight_decay": decay, "names": list(part)}
+        {"params": list(some.values()), "weight_decay": decay, "names": list(some), "scale": scale}
         for part, decay in ((decayed, weight_decay), (undecayed, 0.0))
-        if part
+        for scale, some in _by_scale(part, scales or {})
     ]
     how = {"fused": True} if kind == FUSED else {"foreach": True}
     return torch.optim.AdamW(groups, lr=lr, betas=betas, **how)
 
 
+def _by_scale(
+    part: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> list[tuple[float, dict[str, Tensor]]]:
+    """The parameters grouped by their scale, lowest first; 1 where none is given."""
+    groups: dict[float, dict[str, Tensor]] = {}
+    for name, parameter in part.items():
+        groups.setdefault(scales.get(name, 1.0), {})[name] = parameter
+    return sorted(groups.items(), key=lambda pair: pair[0])
+
+
 def set_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
-    """Give every group this rate."""
+    """Give every group this rate, times its scale."""
     for group in optimiser.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("scale", 1.0)
+
+
+class HeadFirst:
+    """The first `steps` steps of a run, in which only the classifiers of `model` learn.
+
+    A pure function of the step: running averages of normalisations stand still, and gradients of
+    everything else are taken away before the optimiser sees them. Raises UsageError for a model
+    without classifiers.
+    """
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self.steps = steps
+        heads = classifiers(model) if steps else {}
+        if steps and not heads:
+            raise UsageError(
+                f"freeze = {steps} for {type(model).__name__}, which names no classifier",
+                "a model with timm's get_classifier",
+                "set freeze to 0, or take another --model",
+            )
+        kept = {id(p) for head in heads.values() for p in head.parameters()}
+        self.body = [p for p in model.parameters() if id(p) not in kept]
+        self.norms = [m for m in model.modules() if isinstance(m, _NormBase)]
+
+    def before(self, step: int) -> None:
+        """Ahead of the forward pass of a step."""
+        if self.steps:
+            for norm in self.norms:
+                norm.train(step >= self.steps)
+
+    def after(self, step: int) -> None:
+        """Between the backward pass and whatever reads gradients."""
+        if step < self.steps:
+            for parameter in self.body:
+                parameter.grad = None
 
 
 class Ema:

@@ -7,6 +7,7 @@ of transforms (reduced, pruned, quantised ...) that rebuild the module; reading 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -25,16 +26,60 @@ LARGEST_CONFIG = 1 << 20  # bytes
 
 
 def build_model(recipe: Recipe, classes: int, *, training: bool = True) -> nn.Module:
-    """The module that `recipe` names, seeded by it; with `recipe.weights` that run's, with a fresh
-    head. Raises UsageError for an unknown model, DataError where that run cannot be read."""
+    """The module that `recipe` names, seeded by it; with `recipe.weights` filled with those.
+
+    Raises UsageError for an unknown model, DataError where the weights cannot be read, do not fit
+    or are no longer those of the recipe.
+    """
     import torch
 
     torch.manual_seed(recipe.seed)
+    module = _create(recipe.model, _arguments(recipe, classes, training=training))
     if recipe.weights:
-        module = load_model(recipe.weights).module
-        module.reset_classifier(classes)  # type: ignore[operator]
-        return module
-    return _create(recipe.model, _arguments(recipe, classes, training=training))
+        take_weights(module, recipe)
+    return module
+
+
+def take_weights(module: nn.Module, recipe: Recipe) -> int | None:
+    """Fill `module` with the weights that the recipe begins with, heads as far as `head_rows` says;
+    returns the classes of their head. Raises DataError (see `build_model`)."""
+    from crosspatch.training.transfer import fill
+
+    source, path = recipe.weights, Path(recipe.weights["path"])
+    tensors = path / WEIGHTS if source["kind"] == "run" else path
+    if not tensors.is_file() or file_hash(tensors) != source["sha256"]:
+        raise DataError(
+            f"{tensors} is no longer what the run was begun with ({source['where']})",
+            f"the file whose sha256 is {source['sha256'][:16]}…",
+            "put it back, or train anew with --overwrite",
+        )
+    if source["kind"] == "run":
+        theirs: Any = load_model(path).module
+        tables = theirs.position_tables() if hasattr(theirs, "position_tables") else None
+        how = {"rows": recipe.head_rows, "tables": tables}
+        return fill(module, theirs.state_dict(), where=source["where"], **how)
+    return fill(module, _read_tensors(tensors), where=source["where"])
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    """The tensors of a file. Raises DataError where it is missing or torn."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{path} is missing or torn ({error})",
+            "the weights of a trained model",
+            "train or fetch it again",
+        ) from error
 
 
 def _arguments(recipe: Recipe, classes: int, *, training: bool) -> dict[str, Any]:
@@ -142,18 +187,10 @@ def load_model(run: str | Path) -> Trained:
     Raises DataError when files are missing, damaged or do not fit each other, and when a weight is
     not finite.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = model_folder(run)
     config = read_config(folder)
     path = folder / WEIGHTS
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DataError(
-            f"{path} is missing or torn ({error})", "the weights of a trained model", "train again"
-        ) from error
+    weights = _read_tensors(path)
     module = _create(config["architecture"], config["model_args"])
     for transform in config["transforms"]:
         raise DataError(

@@ -2,9 +2,9 @@
 """The plan: from data and machine to a recipe, with the reasons in plain sentences.
 
 `overrides` are what the user typed: model, size, fit, batch, epochs, time (seconds), lr, seed,
-precision, compile, workers, flip, recipe, linear, balance, weights (a run folder); and, for
-experiments, any other field of `Recipe` ("augment" then being a dict of `AugmentConfig` fields).
-They always win. `devices` is settled before there is a plan.
+precision, compile, workers, flip, recipe, linear, balance, weights (see `training.weights`); and,
+for experiments, any other field of `Recipe` ("augment" then being a dict of `AugmentConfig`
+fields). They always win. `devices` is settled before there is a plan.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from crosspatch.data.augment import AugmentConfig
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.errors import UsageError, near
 from crosspatch.training.machine import Machine
-from crosspatch.training.package import model_folder, read_config
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
+from crosspatch.training.weights import NONE, Found
 
 TYPED = (
     "model", "size", "fit", "batch", "epochs", "time", "lr", "seed", "precision", "compile",
@@ -71,8 +71,10 @@ def plan(
     n_classes: int,
     machine: Machine,
     overrides: Mapping[str, Any] | None = None,
+    found: Found | None = None,
 ) -> tuple[Recipe, list[str]]:
-    """(recipe, reasons) for `n_train` pictures of `n_classes` classes on `machine`.
+    """(recipe, reasons) for `n_train` pictures of `n_classes` classes on `machine`, beginning with
+    the weights that were `found`.
 
     Raises UsageError for overrides that are unknown or impossible.
     """
@@ -80,17 +82,15 @@ def plan(
     source = load_recipe(given.get("recipe", "small"))
     _check_refused(source, given)
     reasons: list[str] = []
-    if "weights" in given:
-        shape = _shape_of_run(given, reasons)
-    else:
-        shape = _shape(source, survey, n_train, machine, given, reasons)
+    shape = _shape_with(found, source, survey, n_train, machine, given, reasons)
     work = _work(source, n_train, machine, given, reasons)
     augment = {"flip": given.get("flip", True), **source.AUGMENT}
     recipe = Recipe(
         name=given.get("recipe", "small"),
         **{"mean": source.MEAN, "std": source.STD, **shape},
         **work,
-        weights=given.get("weights"),
+        weights=found.record if found else {},
+        layer_decay=source.LAYER_DECAY if found else 1.0,
         **_constants(source),
         min_lr=source.last_rate(work["lr"]),
         warmup=0,
@@ -132,30 +132,58 @@ def _check_refused(source: Any, given: Mapping[str, Any]) -> None:
     unset = (None, False)  # `flip` is turned off for digits, which refuses nothing
     refused = [key for key in source.REFUSES if given.get(key) not in unset]
     if refused:
-        other = ", or add --recipe probe" if refused == ["weights"] else ""
         raise UsageError(
             f"--{refused[0]} with the recipe {name}",
             f"{name} takes no {', '.join(source.REFUSES)}",
-            f"leave --{refused[0]} away{other}",
+            f"leave --{refused[0]} away",
         )
-
-
-def _shape_of_run(given: Mapping[str, Any], reasons: list[str]) -> dict[str, Any]:
-    """What the run that gives the weights has: model and its arguments, sizes, normalisation."""
-    typed = [key for key in ("model", "model_args", "size", "fit") if key in given]
-    if typed:
+    if given.get("weights") == NONE and source.FREEZE:
         raise UsageError(
-            f"both --weights and --{typed[0]}",
-            "the model, size and fit of the run that gives the weights",
-            f"leave --{typed[0]} away",
+            f"--weights none with the recipe {name}",
+            "weights that have learnt something: auto, a file, a run or a name",
+            "take --recipe small, which begins from scratch",
         )
-    config = read_config(model_folder(given["weights"]))
-    fixed = ("num_classes", "img_size")
-    arguments = {k: v for k, v in config["model_args"].items() if k not in fixed}
-    reasons.append(f"{config['architecture']} with the weights of {given['weights']}, as asked.")
-    preprocess = Preprocess.from_dict(config["preprocessing"])
-    shape = {f.name: getattr(preprocess, f.name) for f in fields(preprocess)}
-    return {"model": config["architecture"], "model_args": arguments, **shape}
+
+
+def _shape_with(
+    found: Found | None,
+    source: Any,
+    survey: Sides,
+    n_train: int,
+    machine: Machine,
+    given: Mapping[str, Any],
+    reasons: list[str],
+) -> dict[str, Any]:
+    """Model and its arguments, sizes, fit and normalisation: those of the weights where they have
+    them, `--size` and `--fit` excepted."""
+    if found is None:
+        return _shape(source, survey, n_train, machine, given, reasons)
+    if found.kind == "run":
+        reasons.extend(found.reasons)
+        return _shape_of_run(found, survey, given, reasons)
+    its = {key: found.shape[key] for key in ("model", "size") if key in found.shape}
+    said: list[str] = []
+    shape = _shape(source, survey, n_train, machine, {**its, **given, **_only(its, "model")}, said)
+    reasons.extend([*found.reasons, *(said[1:] if its else said)])
+    return {**shape, **_only(found.shape, "mean", "std")}
+
+
+def _shape_of_run(
+    found: Found, survey: Sides, given: Mapping[str, Any], reasons: list[str]
+) -> dict[str, Any]:
+    shape = dict(found.shape)
+    if "size" not in given and "fit" not in given:
+        return shape
+    size, fit = _pair(given.get("size", shape["size"])), given.get("fit", shape["fit"])
+    if size != shape["size"]:
+        (old, wide), (new, broad) = shape["size"], size
+        reasons.append(f"Positions are resized from {old}x{wide} to {new}x{broad} pixels.")
+    store = Preprocess.for_pictures(size, fit, survey.median_side).store
+    return {**shape, "size": size, "fit": fit, "store": store}
+
+
+def _only(given: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: given[key] for key in keys if key in given}
 
 
 def with_steps(recipe: Recipe, steps: int, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -165,13 +193,15 @@ def with_steps(recipe: Recipe, steps: int, overrides: Mapping[str, Any] | None =
     length = source.by_length(steps / recipe.steps_per_epoch, min(recipe.size))
     warmup = min(source.WARMUP * steps, source.WARMUP_MOST * recipe.steps_per_epoch)
     augment = replace(recipe.augment, **length.pop("augment"))
-    changed = replace(recipe, steps=steps, warmup=round(warmup), augment=augment, **length)
+    freeze = round(source.FREEZE * steps) if recipe.weights else 0
+    how = {"steps": steps, "warmup": round(warmup), "freeze": freeze, "augment": augment}
+    changed = replace(recipe, **how, **length)
     return _apply(changed, given)
 
 
 def _apply(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     """Fields of `Recipe` that were overridden by name; "augment" is merged."""
-    special = {*TYPED, "augment", "name"} - {"lr", "precision", "compile", "seed"}
+    special = {*TYPED, "augment", "name", "head_rows"} - {"lr", "precision", "compile", "seed"}
     known = {f.name for f in fields(Recipe)} - special
     changed: dict[str, Any] = {key: value for key, value in given.items() if key in known}
     if "augment" in given:
@@ -229,7 +259,8 @@ def _work(
     if source.PENALTIES:
         return work
     why = "as asked" if "batch" in given else f"{per_epoch:,} steps an epoch"
-    reasons.append(f"Batches of {batch} ({why}), AdamW with a peak rate of {lr:.2g}.")
+    peak = "" if source.RANGE and "lr" not in given else f" with a peak rate of {lr:.2g}"
+    reasons.append(f"Batches of {batch} ({why}), AdamW{peak}.")
     if "time" not in given:
         asked = "as asked" if "epochs" in given else "enough for a set of this size"
         reasons.append(f"{epochs:g} epoch{'' if epochs == 1 else 's'}, {asked}.")

@@ -30,7 +30,10 @@ class Recipe:
     (`optim.rate`, `optim.epoch_rate`); decay: last parts of names of parameters that are decayed
     although the model says otherwise; repeats: how often in a row an epoch has each picture; ema:
     half-life of the weight average as a fraction of the run (0 = off); clip: largest gradient norm
-    (0 = off); weights: run folder whose model is taken instead of a fresh one, with another head;
+    (0 = off); weights: what is taken instead of fresh ones (kind, where, path, sha256; empty:
+    nothing), and head_rows: for each class the row of a run's head, -1 for none (empty: none at
+    all); freeze: steps at the start in which only the head learns; layer_decay: what the rate is
+    multiplied with from a layer to the one below it;
     penalties: those that a linear probe tries, empty where the whole network is trained; mix: names
     out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha: of each Beta distribution;
     eval_every: epochs between validations; time_budget: seconds asked for, or None; threads: CPU
@@ -65,7 +68,10 @@ class Recipe:
     smoothing: float
     drop_path: float
     clip: float
-    weights: str | None = None
+    weights: dict[str, str] = field(default_factory=dict)
+    head_rows: tuple[int, ...] = ()
+    freeze: int = 0
+    layer_decay: float = 1.0
     penalties: tuple[float, ...] = ()
     mix: tuple[str, ...] = ()
     mix_prob: tuple[float, ...] = ()
@@ -98,6 +104,9 @@ class Recipe:
         _check(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
         _check(0 <= self.drop_path < 1, "drop_path", self.drop_path, "in [0, 1)")
         _check(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
+        _check(isinstance(self.weights, dict), "weights", self.weights, "a table: kind, path, …")
+        _check(self.freeze >= 0, "freeze", self.freeze, "0 or more")
+        _check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")
         _check(self.workers >= 0, "workers", self.workers, "0 or more")
         _check(self.fit in FITS, "fit", self.fit, f"one of {', '.join(FITS)}")
         _check(self.linear in MODES, "linear", self.linear, f"one of {', '.join(MODES)}")

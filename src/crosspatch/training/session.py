@@ -17,7 +17,7 @@ import numpy as np
 import crosspatch
 from crosspatch.data.prepare import survey, write_skipped
 from crosspatch.data.sources import Source, open_source
-from crosspatch.data.split import SPLITS, Split, gaps, make_split, read_split, write_split
+from crosspatch.data.split import SPLITS, Split, gaps, make_split, write_split
 from crosspatch.errors import DataError, UsageError
 from crosspatch.training import machine as machines
 from crosspatch.training import plan as plans
@@ -27,12 +27,16 @@ from crosspatch.training.judge import finish, split_sizes, weight
 from crosspatch.training.loop import fit
 from crosspatch.training.measure import resolve_products, settle_length
 from crosspatch.training.objective import make_objective
+from crosspatch.training.package import build_model, take_weights
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
+from crosspatch.training.recipes import load_recipe
 from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.resuming import Asked, begun_reading, continue_run, with_defaults
 from crosspatch.training.run import RunFolder
+from crosspatch.training.state import BEFORE, GOOD, LAST
+from crosspatch.training.weights import Found, find, match_heads, refuse_seen
 from crosspatch.versions import installed
 
 VERSIONED = ("torch", "numpy", "timm", "lightning-fabric", "safetensors", "pillow")
@@ -103,7 +107,8 @@ def _train(
             recipe, pictures, config = _begin(
                 run, source, source_spec, reading, given, reporter, began
             )
-        objective = make_objective(recipe, source.classes)
+        model = _saved_model(run, recipe, len(source.classes)) if begun else None
+        objective = make_objective(recipe, source.classes, model)
         _announce(run, recipe, pictures, config, objective, reporter)
         facts = {"fingerprint": pictures.fingerprint, "versions": config["versions"]}
         train, val = pictures.part("train"), pictures.validation
@@ -143,7 +148,8 @@ def _begin(
     given = with_defaults(source, given)
     seed, look, machine = given.get("seed", 0), survey(source), machines.look()
     guess = make_split(source, seed=seed)
-    first, _ = plans.plan(look, len(guess.train), len(source.classes), machine, given)
+    shape = (look, len(guess.train), len(source.classes), machine)
+    first, settings, found, remarks = _plan_with_weights(shape, given)
     if first.penalties and team.size() > 1:
         raise UsageError(
             f"{team.size()} processes with --recipe {first.name}",
@@ -153,16 +159,22 @@ def _begin(
     prepared = read_pictures(source, first, reporter)
     split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.twins)
     pictures = Pictures(source, prepared, split, source.fingerprint())
-    if first.weights:
-        _refuse_seen(RunFolder(first.weights), pictures)
     _require_alike(pictures)
-    recipe, reasons = plans.plan(look, len(split.train), len(source.classes), machine, given)
-    shape = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
+    if found is not None and found.kind == "run":
+        refuse_seen(found, pictures)
+    shape = (look, len(split.train), len(source.classes), machine)
+    recipe, reasons = plans.plan(*shape, settings, found)
+    reasons += remarks
+    recipe, said = _with_head(recipe, found, source.classes)
+    reasons += said
+    kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
-    recipe = replace(recipe, **shape, workers=workers, devices=team.size())
+    recipe = replace(recipe, **kept, workers=workers, devices=team.size())
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     recipe = Recipe.from_dict(team.share(recipe.to_dict()))
+    if load_recipe(recipe.name).RANGE and "lr" not in given:
+        reporter.message("looking for the rate: some steps of a copy, thrown away afterwards")
     recipe, estimate = settle_length(recipe, pictures, given, reasons, began)
     recipe = Recipe.from_dict(team.share(recipe.to_dict()))
     if not recipe.penalties:
@@ -223,23 +235,47 @@ def _require_alike(pictures: Pictures) -> None:
             )
 
 
-def _refuse_seen(run: RunFolder, pictures: Pictures) -> None:
-    """Raises UsageError where `run`, which gives the weights, was trained on pictures that would
-    validate or test them here."""
-    config = run.read_config() if run.config_path.is_file() else {}
-    if config.get("run", {}).get("fingerprint") != pictures.fingerprint:
-        return
-    theirs = read_split(run.path / "split.csv", pictures.source)
-    judging = np.concatenate([pictures.split.val, pictures.split.test])
-    seen = int(np.isin(judging, theirs.train).sum())
-    if seen:
-        how = {"seed": config["recipe"]["seed"], **config.get("reading", {})}
-        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in how.items())
-        raise UsageError(
-            f"{run.path} was trained on {seen:,} of the pictures that would judge it here",
-            "the split of that run, for the same pictures",
-            f"add {flags}",
-        )
+def _plan_with_weights(
+    shape: tuple[Any, ...], given: dict[str, Any]
+) -> tuple[Recipe, dict[str, Any], Found | None, list[str]]:
+    """(the first plan, the settings it was made with, the weights it begins with, remarks).
+
+    Where a recipe that wants weights finds none, `small` is what is trained from scratch. Weights
+    that do not fit are refused here, before a picture is read.
+    """
+    recipe, _ = plans.plan(*shape, given)
+    asked = given.get("weights", load_recipe(recipe.name).WEIGHTS)
+    remarks: list[str] = []
+    found = find(asked, recipe.model, given, remarks)
+    if found is None and load_recipe(recipe.name).FREEZE:
+        given = {**given, "recipe": "small"}
+    recipe, _ = plans.plan(*shape, given, found)
+    if found is not None:
+        build_model(recipe, shape[2])
+    return recipe, given, found, remarks
+
+
+def _with_head(
+    recipe: Recipe, found: Found | None, classes: tuple[str, ...]
+) -> tuple[Recipe, list[str]]:
+    """(the recipe with the rows of the head that are taken over, what is said about it)."""
+    if found is None or recipe.penalties:
+        return recipe, []
+    if found.kind == "run":
+        rows, said = match_heads(found.classes, classes)
+        return replace(recipe, head_rows=rows), [said]
+    there = take_weights(build_model(replace(recipe, weights={}), len(classes)), recipe)
+    if there is None:
+        return recipe, ["They have no head: it is fresh."]
+    kept = "taken as it is: it names none" if there == len(classes) else "left away: it is fresh"
+    return recipe, [f"Their head of {there:,} classes is {kept}."]
+
+
+def _saved_model(run: RunFolder, recipe: Recipe, classes: int) -> Any:
+    """A model for the run's state to fill, or None while there is none: only then are the weights
+    it began with read once more."""
+    saved = team.share(any((run.last / name).is_file() for name in (LAST, BEFORE, GOOD)))
+    return build_model(replace(recipe, weights={}), classes) if saved else None
 
 
 def _versions(recipe: Recipe) -> dict[str, str]:

@@ -29,8 +29,10 @@ from crosspatch.training.guard import Cut, NotFinite, Watch, factor, spoilt
 from crosspatch.training.optim import (
     FOREACH,
     Ema,
+    HeadFirst,
     ema_decay,
     epoch_rate,
+    layer_scales,
     make_optimiser,
     set_rate,
     staged_rate,
@@ -127,7 +129,9 @@ class Stepper:
             weight_decay=recipe.weight_decay,
             betas=recipe.betas,
             kind=FOREACH if recipe.precision == "fp16" else recipe.optimiser,
+            scales=_scales(objective, recipe.layer_decay),
         )
+        self.head_first = HeadFirst(objective.exported, recipe.freeze)
         self._wrapped, self._driver = self.fabric.setup(self.objective, self.optimiser)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.loss_count = 0
@@ -171,9 +175,11 @@ class Stepper:
         labels = batch.labels.to(self.device, non_blocking=True)
         scale = self.fabric.world_size / batch.n_global
         inputs = Inputs(images, labels, (r.seed, step, rank), scale)
+        self.head_first.before(step)
         loss = self._wrapped(inputs, step / r.steps)["loss"]
         self.watch.note(step, "loss", loss, batch.index)
         self.fabric.backward(loss)
+        self.head_first.after(step)
         if r.clip > 0:
             norm = self.fabric.clip_gradients(
                 self._wrapped, self._driver, max_norm=r.clip, error_if_nonfinite=False
@@ -296,6 +302,16 @@ def _restore_random(states: dict[str, Any] | None) -> None:
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))  # noqa: NPY002 - as above
+
+
+def _scales(objective: Any, decay: float) -> dict[str, float]:
+    """`layer_scales` of the exported model, under the objective's names; none for a decay of 1."""
+    if decay == 1:
+        return {}
+    model = objective.exported
+    scales = layer_scales(model, decay)
+    own = {id(parameter): scales[name] for name, parameter in model.named_parameters()}
+    return {name: own[id(p)] for name, p in objective.named_parameters() if id(p) in own}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ RECIPES = {
     "small": "crosspatch.training.recipes.small",
     "deit": "crosspatch.training.recipes.deit",
     "probe": "crosspatch.training.recipes.probe",
+    "finetune": "crosspatch.training.recipes.finetune",
 }
 
 

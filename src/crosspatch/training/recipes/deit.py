@@ -85,7 +85,8 @@ CROPS: dict[str, Any] = {"crop_scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "pa
 PADDED: dict[str, Any] = {"crop_scale": (1.0, 1.0), "ratio": (1.0, 1.0), "pad": 4 / 32}
 TINY_INPUT = 32  # up to here crops are padded instead of resized
 
-REFUSES = ("weights",)  # settings that have no meaning here
+FREEZE, LAYER_DECAY, RANGE, WEIGHTS = 0.0, 1.0, None, "none"  # see finetune
+REFUSES: tuple[str, ...] = ()  # settings that have no meaning here
 PENALTIES: tuple[float, ...] = ()  # of a probe
 REASONS = (
     f"Repeated augmentation: each picture comes {REPEATS} times in a row, so that an epoch sees a "

@@ -59,7 +59,8 @@ SMOOTHING = 0.1
 CLIP = 1.0
 REPEATS = 1
 DECAY: tuple[str, ...] = ()  # names that are decayed, although the model says otherwise
-REFUSES = ("weights",)  # settings that have no meaning here
+FREEZE, LAYER_DECAY, RANGE, WEIGHTS = 0.0, 1.0, None, "none"  # see finetune
+REFUSES: tuple[str, ...] = ()  # settings that have no meaning here
 PENALTIES: tuple[float, ...] = ()  # of a probe
 REASONS: tuple[str, ...] = ()
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipe `finetune`: a network that has learnt other pictures goes on with these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from crosspatch.training.recipes import halved, small
+
+# (preset, model input side) where --weights auto decides: timm has released weights of these
+PRESET_CPU = ("crossvit_tiny_240", 224)
+PRESET_GPU = ("crossvit_9_dagger_240", 224)
+WEIGHTS = "auto"  # --weights where it is not given
+
+FREEZE = 0.1  # of the steps: first only the head learns
+LAYER_DECAY = 0.75  # of the rate, from a layer to the one below
+RANGE = (1e-5, 0.1, 40)  # of the range test: lowest rate, highest rate, steps
+
+MEAN, STD = small.MEAN, small.STD
+LONG_SIDES = small.LONG_SIDES
+
+BATCH_CPU, BATCH_GPU = 32, 128
+STEPS_AT_LEAST, BATCH_SMALLEST = 16, 16
+
+STEPS_CPU, STEPS_GPU = 400, 4_000  # of a run without --time or --epochs
+EPOCHS_CPU, EPOCHS_GPU = (4, 40), (10, 40)  # fewest and most epochs of such a run
+EPOCHS_MOST = 100  # with --time
+
+RATE, RATE_BATCH = 1e-3, 128  # peak rate where the range test finds none
+RATE_LAST = 0.01  # of the peak
+SCHEDULE = "cosine"
+WEIGHT_DECAY = 0.05
+BETAS = (0.9, 0.99)
+WARMUP, WARMUP_MOST = 0.1, 5
+EMA_HALF_LIFE = 0.02
+SMOOTHING = 0.1
+CLIP = 1.0
+REPEATS = 1
+DECAY: tuple[str, ...] = ()
+REFUSES: tuple[str, ...] = ()
+PENALTIES: tuple[float, ...] = ()
+REASONS = (
+    f"First {FREEZE:.0%} of the steps only the head learns; then each layer with "
+    f"{LAYER_DECAY:g} times the rate of the one above it.",
+)
+
+AUGMENT = small.AUGMENT
+
+
+def preset(side: int, pictures: int, gpu: bool) -> tuple[str, int]:
+    """(entry point, model input side), whatever the pictures are."""
+    del side, pictures
+    return PRESET_GPU if gpu else PRESET_CPU
+
+
+def batch_size(pictures: int, gpu: bool) -> int:
+    """Pictures per step: a power of two, small enough for `STEPS_AT_LEAST` steps an epoch."""
+    largest = BATCH_GPU if gpu else BATCH_CPU
+    return halved(largest, pictures, smallest=BATCH_SMALLEST, steps=STEPS_AT_LEAST)
+
+
+def epochs(steps_per_epoch: int, gpu: bool) -> int:
+    """Epochs of a run for which neither a time nor a number was asked."""
+    steps, (fewest, most) = (STEPS_GPU, EPOCHS_GPU) if gpu else (STEPS_CPU, EPOCHS_CPU)
+    return max(fewest, min(most, round(steps / steps_per_epoch)))
+
+
+def peak_rate(batch: int) -> float:
+    """Peak rate for a batch, where the range test finds none."""
+    return RATE * (batch / RATE_BATCH) ** 0.5
+
+
+def last_rate(peak: float) -> float:
+    """The rate at the end of a run."""
+    return peak * RATE_LAST
+
+
+def by_length(epochs: float, side: int) -> dict[str, Any]:
+    """drop_path, augment and mixing."""
+    return small.by_length(epochs, side)
