@@ -111,7 +111,8 @@ def _begin(
     guess = make_split(source, seed=seed)
     first, _ = plans.plan(look, len(guess.train), len(source.classes), machine, given)
     prepared = read_pictures(source, first, reporter)
-    split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.twins)
+    alike = (*prepared.twins, *prepared.near)
+    split = make_split(source, keep=prepared.kept, seed=seed, twins=alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
     if first.weights:
         _refuse_seen(RunFolder(first.weights), pictures)
