@@ -88,7 +88,7 @@ def test_nothing_readable_is_an_error(tmp_path):
 
 
 def test_a_killed_worker_is_told(mixed, monkeypatch):
-    monkeypatch.setattr(module, "load_picture", lambda *_: os._exit(9))
+    monkeypatch.setattr(module, "fingerprint", lambda *_: os._exit(9))
     with pytest.raises(DataError, match="was killed"):
         prepare(open_source(mixed[0]), PREPROCESS, workers=2)
 

@@ -344,6 +344,13 @@ def test_a_damaged_zip_member_is_told(folder):
         open_source(packed).read(0)
 
 
+def test_a_zip_that_was_packed_again_is_read_anew(folder):
+    first = open_source(pack(folder, ".zip")).read(0)
+    (folder / "discs/0000.jpg").write_bytes((folder / "discs/0001.jpg").read_bytes())
+    again = open_source(pack(folder, ".zip")).read(0)
+    assert first != again == (folder / "discs/0000.jpg").read_bytes()
+
+
 def test_a_compressed_tar_is_unpacked_once(folder, cache, monkeypatch):
     packed = pack(folder, ".tar.xz")
     first = open_source(packed)

@@ -1,12 +1,16 @@
 """Tables as data: every dialect gives the same items, and whatever is ambiguous is an error."""
 
+import io
 import json
+import pickle
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from crosspatch.data import tables
+from crosspatch.data import shelf, tables
 from crosspatch.data.sources import open_source
 from crosspatch.data.split import make_split
 from crosspatch.errors import DataError, UsageError
@@ -268,3 +272,160 @@ def test_numbers_are_class_names_and_nothing_is_a_missing_label(folder):
 def test_the_guesses_are_distinct():
     names = [name for guesses in tables.GUESSES.values() for name in guesses.split()]
     assert len(names) == len(set(names))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def pack(folder: Path, name: str, inside: str = "") -> Path:
+    """All files of the folder in an archive elsewhere, below `inside`."""
+    target = folder.with_name(f"{folder.name}-packed") / name
+    target.parent.mkdir(exist_ok=True)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in files:
+                archive.write(path, inside + path.relative_to(folder).as_posix())
+    else:
+        with tarfile.open(target, f"w:{Path(name).suffix[1:].replace('tar', '')}") as archive:
+            for path in files:
+                archive.add(path, inside + path.relative_to(folder).as_posix())
+    return target
+
+
+@pytest.mark.parametrize("inside", ["", "top/", "./"])
+@pytest.mark.parametrize("name", ["p.zip", "p.tar", "p.tar.gz", "p.tar.xz"])
+def test_a_table_in_an_archive_is_read_as_one_in_a_folder(folder, name, inside):
+    rows = [(*row, f"g{at % 2}") for at, row in enumerate(listing(folder))]
+    plain = open_source(table(folder, rows, "path,label,patient"))
+    packed = pack(folder, name, inside)
+    within = inside.removeprefix("./")
+    for spec in (packed, packed / within / "t.csv", str(packed)):
+        source = open_source(spec)
+        assert (source.items, source.classes) == (plain.items, plain.classes)
+        assert (source.remarks, source.skipped) == (plain.remarks, [])
+        assert source.fingerprint() == plain.fingerprint()
+        again = pickle.loads(pickle.dumps(source))
+        assert [again.read(at) for at in range(9)] == [plain.read(at) for at in range(9)]
+        assert source.image_size(4) == (40, 48)
+    assert {item.group for item in open_source(packed, group=r"(\d+)\.jpg").items} == {
+        "0000", "0001", "0002",
+    }  # fmt: skip
+
+
+def test_every_dialect_is_read_in_an_archive(folder):
+    import pyarrow
+    from pyarrow import parquet
+
+    expected = listing(folder)
+    found = dialects(folder)
+    objects = [{"path": path, "label": name} for path, name in expected]
+    parquet.write_table(pyarrow.Table.from_pylist(objects), folder / "t.parquet")
+    packed = pack(folder, "p.zip")
+    for name, path in {**found, "parquet": folder / "t.parquet"}.items():
+        if name != "absolute":
+            assert items(open_source(packed / path.name)) == expected, name
+    refused(packed, DataError, f"{packed} holds {len(found) + 1} tables", "crosspatch train ")
+    refused(packed / "a.csv", DataError, "none of the files", "which leaves the archive")
+    refused(packed / "x.csv", UsageError, f"{packed} holds no table x.csv", "crosspatch train ")
+    refused(packed / "shapes", UsageError, "holds no table shapes")
+
+
+def test_rows_that_lead_out_of_the_archive_or_nowhere_are_listed(folder):
+    extra = ["../up.jpg", "shapes/../../up.jpg", "/etc/passwd", "C:\\x.jpg", "shapes/gone.jpg",
+             "shapes", "shapes/link.jpg", ".hidden/x.jpg", "up.jpg/", ""]  # fmt: skip
+    (folder.parent / "up.jpg").write_bytes(b"x")
+    table(folder, [*listing(folder), *((path, "discs") for path in extra)])
+    packed = pack(folder, "p.tar")
+    with tarfile.open(packed, "a") as archive:
+        for name in ("../up.jpg", ".hidden/x.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+        member = tarfile.TarInfo("shapes/link.jpg")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(member)
+    source = open_source(packed)
+    assert len(source) == 9
+    assert {one.path: one.reason.split(": ")[1] for one in source.skipped} == {
+        "../up.jpg": "its path leaves the table's folder",
+        "shapes/../../up.jpg": "its path leaves the table's folder",
+        "/etc/passwd": "an absolute path, which leaves the archive",
+        "C:\\x.jpg": "a path of another machine",
+        "shapes/gone.jpg": "not in the archive",
+        "shapes": "not a regular file",
+        "shapes/link.jpg": "a link or device inside the archive",
+        ".hidden/x.jpg": "hidden",
+        "up.jpg": "not in the archive",
+        "line 20": "names no file",
+    }
+
+
+def test_class_folders_win_and_the_table_beside_them_is_said(folder):
+    table(folder / "shapes", [(f"discs/{at}.jpg", "x") for at in range(3)], name="notes.csv")
+    top = pack(folder, "top.zip")
+    for spec in (folder / "shapes", top, pack(folder / "shapes", "p.zip")):
+        source = open_source(spec)
+        assert source.classes == hostile.CLASSES
+        inner = "shapes/notes.csv" if spec == top else "notes.csv"
+        (said,) = source.remarks
+        assert f"{inner} beside them was not read: {spec / inner} as DATA would be." in said
+
+
+def test_columns_that_are_told_mean_the_table(folder):
+    rows = [(path.removeprefix("shapes/"), f"c{at % 2}") for at, (path, _) in
+            enumerate(listing(folder))]  # fmt: skip
+    table(folder / "shapes", rows, "path,kind")
+    packed = pack(folder / "shapes", "p.zip")
+    assert open_source(packed).classes == hostile.CLASSES
+    assert open_source(packed, label_column="kind").classes == ("c0", "c1")
+
+
+def test_folders_called_like_splits_beside_a_table_are_no_classes(folder):
+    (folder / "shapes/discs").rename(folder / "shapes/train")
+    (folder / "shapes/rings").rename(folder / "shapes/test")
+    for path in (folder / "shapes/stripes").iterdir():
+        path.unlink()
+    (folder / "shapes/stripes").rmdir()
+    table(folder / "shapes", [("train/0000.jpg", "a"), ("test/0000.jpg", "b")])
+    packed = pack(folder / "shapes", "p.zip")
+    for spec in (folder / "shapes", packed):
+        refused(spec, DataError, "test and train with pictures in them, and t.csv", "crosspatch tr")
+    assert open_source(packed / "t.csv").classes == ("a", "b")
+
+
+def test_a_folder_that_holds_a_table_and_no_classes_says_what_to_type(folder):
+    path = table(folder)
+    refused(folder, DataError, "one class (shapes)", f"crosspatch train {path}")
+    (folder / "my list.csv").write_text("x")
+    refused(folder, DataError, f"crosspatch train '{folder}/my list.csv' or {path}")
+    (folder / "shapes/discs").rename(folder / "discs")
+    assert len(open_source(folder).classes) == 2
+
+
+def test_faults_of_class_folders_are_told_in_spite_of_a_table(folder):
+    (folder / "shapes").rename(folder / "train")
+    hostile.write_folder(folder / "validation", 1)
+    (folder / "readme.csv").write_text("a,b\n1,2\n")
+    refused(pack(folder, "p.zip"), DataError, "'validation'", "Rename validation to val")
+
+
+def test_a_broken_or_giant_table_in_an_archive_is_told(folder, monkeypatch):
+    table(folder)
+    packed = pack(folder, "p.tar")
+    data = packed.read_bytes()
+    at = data.index(b"path,label\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf, "MAX_BYTES", 10)
+        refused(packed, DataError, "t.csv is larger than 0 MB")
+    packed.write_bytes(data[:at] + b"\0" * 40 + data[at + 40 :])
+    refused(packed, DataError, f"cannot read the table {packed / 't.csv'}: it holds zero bytes")
+    packed = pack(folder, "p.zip")
+    with zipfile.ZipFile(packed) as archive:
+        at = archive.getinfo("t.csv").header_offset + 60
+    data = bytearray(packed.read_bytes())
+    data[at] ^= 0xFF
+    packed.write_bytes(data)
+    refused(packed, DataError, f"cannot read the table {packed / 't.csv'}: broken inside")

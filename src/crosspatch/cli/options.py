@@ -19,8 +19,8 @@ TABLE = Group("Where DATA is a table", sort_key=40)
 
 DATA = (
     "A folder with one folder per class, or with train/ val/ test/ of such, or a .zip or .tar of "
-    "either, or a table (.csv, .jsonl, .parquet) of paths and labels, or the word digits (small "
-    "scans that come along)."
+    "either, or a table (.csv, .jsonl, .parquet) of paths and labels, which may lie in an archive "
+    "(photos.zip/labels.csv), or the word digits (small scans that come along)."
 )
 
 

@@ -3,7 +3,7 @@
 
 Pictures of a group never lie in two splits, else what a model has learnt by heart counts as what it
 can do. A group is told by the folder below the class, by a regular expression on the path, or by a
-column of a table; exact copies are a group of their own, found while the pictures are prepared.
+column of a table; copies are a group of their own, found while the pictures are prepared.
 """
 
 from __future__ import annotations

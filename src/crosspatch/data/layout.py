@@ -33,6 +33,10 @@ MEANING = {alias: split for split, aliases in _MEANT.items() for alias in aliase
 """What people call a split -> what it is called here."""
 
 
+class NoClasses(DataError):
+    """Raised for data in which folders name no classes, or too few."""
+
+
 class Placed(NamedTuple):
     """One picture: `path` in the tree, `key` below the root (they differ under a top folder)."""
 
@@ -59,7 +63,7 @@ def lay_out(tree: Tree, told: str, least_classes: int = 2, *, look_through: bool
     single top folder for the root. Raises DataError (see `sources.open_source`)."""
     pictures, skipped = _pictures(tree)
     if not pictures:
-        raise DataError(
+        raise NoClasses(
             f"{told} holds no picture",
             "Each class is a folder with its pictures inside (.jpg, .png, .webp, .bmp, .gif, .tif)",
             "Give the folder that holds the class folders",
@@ -204,7 +208,7 @@ def _require_classes(counts: Counter[str], told: str, least: int, place: str) ->
         )
     if len(counts) < least:
         names = "".join(f" ({name})" for name in counts)
-        raise DataError(
+        raise NoClasses(
             f"{told} holds {'one class' if counts else f'no {place}'}{names}",
             "A classifier needs at least two classes, each with pictures of its own",
             "Give the folder that holds the class folders, or a table of more classes",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode every picture once before training: the unreadable and exact copies are found, the rest is
+"""Decode every picture once before training: the unreadable and the copies are found, the rest is
 held in memory.
 
 The pictures of a set that fits lie in one shared uint8 buffer, filled by forked workers; from then
@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from crosspatch.data.copies import copy_remarks, leaks, same_bytes
+from crosspatch.data.copies import copy_remarks, leaks, near_remarks, same_bytes
 from crosspatch.data.decode import UnreadableImage
+from crosspatch.data.near import fingerprint, near_groups
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.skipped import Skipped, write_skipped
 from crosspatch.data.sources import Source
@@ -41,8 +42,10 @@ _CHUNK = 64
 _FEW = 128  # below this many pictures, starting processes costs more than it saves
 
 Progress = Callable[[int, int], None]
-Result = tuple[range, list[tuple[int, str]], dict[int, bytes]]
-"""Of a chunk: its items, those that cannot be read and why, digests of those that may be copies."""
+Prints = dict[int, bytes]
+Result = tuple[range, list[tuple[int, str]], Prints, Prints]
+"""Of a chunk: its items, those that cannot be read and why, digests of those that may be copies,
+fingerprints (see `near`)."""
 
 
 class ImageSet:
@@ -124,13 +127,15 @@ class Survey:
 class Prepared:
     """`images`: the readable items, in order; `kept`: their item indices (int64); `skipped`: all
     that was left out; `message`: one line on the memory used; `twins`: sets of kept items whose
-    files hold the same bytes; `remarks`: sentences about them."""
+    files hold the same bytes; `near`: of those that show the same picture, one item of each of
+    `twins` at most; `remarks`: sentences about both."""
 
     images: ImageSet
     kept: np.ndarray
     skipped: list[Skipped]
     message: str
     twins: tuple[tuple[int, ...], ...] = ()
+    near: tuple[tuple[int, ...], ...] = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -165,20 +170,24 @@ def prepare(
 
     The pictures are kept when they need at most `memory_fraction` of the free memory. `progress` is
     called with (done, total). Where the data say the splits, a copy of a test picture is left out
-    of val and train, and one of a val picture out of train. Raises DataError when no picture at all
-    can be read.
+    of val and train, and one of a val picture out of train; a near-duplicate stays where it was
+    put, which is said. Raises DataError when no picture at all can be read.
     """
     height, width = preprocess.store
     fits, _ = plan_memory(len(source), preprocess, memory_fraction)
     buffer = _shared_buffer(len(source), height, width) if fits else None
-    digests: dict[int, bytes] = {}
-    faults = dict(_fill(source, preprocess, buffer, workers, progress, digests))
+    digests: Prints = {}
+    prints: Prints = {}
+    faults = dict(_fill(source, preprocess, buffer, workers, progress, digests, prints))
     twins = same_bytes(digests)
     faults.update(leaks(source, twins))
     twins = tuple(t for one in twins if len(t := tuple(i for i in one if i not in faults)) > 1)
     kept = np.array([i for i in range(len(source)) if i not in faults], dtype=np.int64)
     if not len(kept):
         raise _nothing_readable(source)
+    for item in {*faults, *(item for one in twins for item in one[1:])}:
+        prints.pop(item, None)
+    near = near_groups(prints)
     skipped = [Skipped(source.items[index].key, faults[index]) for index in sorted(faults)]
     return Prepared(
         ImageSet(source, preprocess, kept, buffer),
@@ -186,16 +195,14 @@ def prepare(
         sorted([*source.skipped, *skipped], key=lambda one: one.path),
         _message(len(kept), preprocess, fits),
         twins,
-        tuple(copy_remarks(source, twins)),
+        near,
+        (*copy_remarks(source, twins), *near_remarks(source, near)),
     )
 
 
-def load_picture(
-    source: Source, index: int, preprocess: Preprocess, data: bytes | np.ndarray | None = None
-) -> np.ndarray:
-    """Item number `index` decoded and fitted: uint8 (H', W', 3); `data`: what the source's `read`
-    gave, if it was called before. Raises UnreadableImage."""
-    return preprocess.fit_image(source.image(index, side=max(preprocess.store), data=data))
+def load_picture(source: Source, index: int, preprocess: Preprocess) -> np.ndarray:
+    """Item number `index` decoded and fitted: uint8 (H', W', 3). Raises UnreadableImage."""
+    return preprocess.fit_image(source.image(index, side=max(preprocess.store)))
 
 
 def free_memory() -> int:
@@ -234,18 +241,20 @@ def _fill(
     buffer: torch.Tensor | None,
     workers: int | None,
     progress: Progress | None,
-    digests: dict[int, bytes],
+    digests: Prints,
+    prints: Prints,
 ) -> Iterator[tuple[int, str]]:
     """Decode all items into the buffer's rows (if any); yields (item, reason) of the unreadable.
-    `digests` takes in those of the readable items that may be copies."""
+    `digests` takes in those of the readable items that may be copies, `prints` the fingerprints."""
     total, done = len(source), 0
     rows = None if buffer is None else buffer.numpy()
     chunks = [range(at, min(at + _CHUNK, total)) for at in range(0, total, _CHUNK)]
     count = 1 if total < _FEW and workers is None else workers or cores()
     with _pool(count, _Job(source, preprocess, rows, source.alike())) as decode_chunk:
-        for chunk, faults, found in decode_chunk(chunks):
+        for chunk, faults, found, printed in decode_chunk(chunks):
             yield from faults
             digests.update(found)
+            prints.update(printed)
             done += len(chunk)
             if progress is not None:
                 progress(done, total)
@@ -262,20 +271,22 @@ class _Job:
     alike: np.ndarray
 
     def __call__(self, chunk: range) -> Result:
-        faults, digests = [], {}
+        faults, digests, prints = [], {}, {}
         for index in chunk:
             try:
                 data = self.source.read(index)
-                picture = load_picture(self.source, index, self.preprocess, data)
+                image = self.source.image(index, side=max(self.preprocess.store), data=data)
             except UnreadableImage as problem:
                 faults.append((index, problem.reason))
-            else:
-                if self.rows is not None:
-                    self.rows[index] = picture
-                if self.alike[index]:
-                    whole = data if isinstance(data, bytes) else data.tobytes()
-                    digests[index] = hashlib.sha256(whole).digest()
-        return chunk, faults, digests
+                continue
+            if self.rows is not None:
+                self.rows[index] = self.preprocess.fit_image(image)
+            if self.alike[index]:
+                whole = data if isinstance(data, bytes) else data.tobytes()
+                digests[index] = hashlib.sha256(whole).digest()
+            if (printed := fingerprint(image)) is not None:
+                prints[index] = printed
+        return chunk, faults, digests, prints
 
 
 _job: list[_Job] = []  # in a worker: the one job it was forked for

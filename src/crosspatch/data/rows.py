@@ -27,19 +27,16 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
-def column_names(path: Path) -> list[str]:
-    """The names of a table's columns. Raises DataError and UsageError as `read_rows` does."""
-    return read_rows(path)[0]
-
-
-def read_rows(path: Path) -> tuple[list[str], list[Row], list[str]]:
-    """(column names, rows, remarks) of a table by the ending of its name. Raises DataError where it
-    cannot be read, UsageError where pyarrow is needed for it and missing."""
+def read_rows(path: Path, data: bytes | None = None) -> tuple[list[str], list[Row], list[str]]:
+    """(column names, rows, remarks) of a table by the ending of its name; `data`: its bytes where
+    it is no file of its own. Raises DataError where it cannot be read, UsageError where pyarrow is
+    needed for it and missing."""
     ending = path.suffix.lower()
+    data = path.read_bytes() if data is None else data
     if ending == ".parquet":
-        names, rows = _parquet(path)
+        names, rows = _parquet(path, data)
         return names, rows, []
-    text, remarks = _text(path)
+    text, remarks = _text(path, data)
     if ending in (".jsonl", ".json"):
         names, rows = _objects(path, text)
     else:
@@ -47,8 +44,7 @@ def read_rows(path: Path) -> tuple[list[str], list[Row], list[str]]:
     return names, rows, remarks
 
 
-def _text(path: Path) -> tuple[str, list[str]]:
-    data = path.read_bytes()
+def _text(path: Path, data: bytes) -> tuple[str, list[str]]:
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
         text, remarks = data.decode(encoding), []
@@ -120,9 +116,13 @@ def _json(path: Path, text: str, place: str) -> Any:
         raise _broken(path, f"{place} is no JSON") from problem
 
 
-def _parquet(path: Path) -> tuple[list[str], list[Row]]:
+def _parquet(path: Path, data: bytes) -> tuple[list[str], list[Row]]:
     try:
-        from pyarrow import ArrowException, parquet  # pyright: ignore[reportMissingImports]
+        from pyarrow import (  # pyright: ignore[reportMissingImports]
+            ArrowException,
+            BufferReader,
+            parquet,
+        )
     except ImportError as problem:
         raise UsageError(
             f"{path} is a Parquet table, and pyarrow is not installed",
@@ -130,7 +130,7 @@ def _parquet(path: Path) -> tuple[list[str], list[Row]]:
             "pip install 'crosspatch[tables]'",
         ) from problem
     try:
-        rows = parquet.ParquetFile(path).read().to_pylist()
+        rows = parquet.ParquetFile(BufferReader(data)).read().to_pylist()
     except (ArrowException, OSError, ValueError) as problem:
         raise _broken(path, " ".join(str(problem).split())[:200]) from problem
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -5,14 +5,17 @@
 The folder's name is the class. Class folders are read to any depth. A file counts as a picture by
 the end of its name (or when it has none); whether it is one, `prepare` finds out. Hidden files and
 what file managers leave behind are invisible. Of an archive with one top folder, that folder is the
-root.
+root. A table at the root of an archive without class folders says the classes of its pictures;
+`archive.zip/table.csv` names it where there are class folders too, or several tables.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,12 +25,12 @@ from PIL import Image
 from crosspatch.data.archives import ARCHIVES, is_archive, open_archive
 from crosspatch.data.decode import UnreadableImage, decode, picture_size
 from crosspatch.data.groups import FOLDER, assign_groups
-from crosspatch.data.layout import Layout, lay_out
-from crosspatch.data.rows import column_names
+from crosspatch.data.layout import MEANING, Layout, NoClasses, lay_out
+from crosspatch.data.shelf import TABLES, read_table, tables_in
 from crosspatch.data.skipped import Skipped
-from crosspatch.data.tables import NONE, TABLES, open_table
+from crosspatch.data.tables import NONE, open_table
 from crosspatch.data.trees import FolderTree, Tree
-from crosspatch.errors import UsageError, near
+from crosspatch.errors import DataError, UsageError, near
 
 _HEAD = 1 << 17  # nearly every picture tells its size in here
 
@@ -185,13 +188,14 @@ def open_source(
         _require_no_columns(spec, told)
         return _grouped(DigitsSource(), group)
     path = Path(spec)
-    if not path.exists():
-        raise _missing(path)
     try:
-        if not path.is_dir() and path.name.lower().endswith(TABLES):
-            return _open_table(path, least_classes, told, group)
+        archive = path if path.is_file() else next((p for p in path.parents if p.is_file()), None)
+        if archive is not None:
+            return _open_file(path, archive, least_classes, told, group)
+        if not path.exists():
+            raise _missing(path)
         _require_no_columns(spec, told)
-        return _grouped(_open_path(path, least_classes), group)
+        return _grouped(_open_folder(path, least_classes), group)
     except OSError as problem:
         raise UsageError(
             f"cannot read {path} ({problem.strerror or problem})",
@@ -200,10 +204,88 @@ def open_source(
         ) from problem
 
 
-def _open_path(path: Path, least_classes: int) -> Source:
-    if path.is_dir():
-        tree = FolderTree(path)
-        return TreeSource(_name(path), tree, lay_out(tree, str(path), least_classes))
+def _open_file(
+    path: Path, file: Path, least_classes: int, told: dict[str, str | None], group: str | None
+) -> Source:
+    """`path` is the file itself, or leads into it as into a folder."""
+    if path == file and path.name.lower().endswith(TABLES):
+        return _open_table(path, least_classes, told, group)
+    _require_archive(file)
+    tree = open_archive(file)
+    table = _table_in(tree, path, file, told)
+    if table is not None:
+        return _open_table(file / table, least_classes, told, group, (tree, table))
+    _require_no_columns(path, told)
+    layout = lay_out(tree, str(path), least_classes, look_through=True)
+    layout.remarks += _tables_beside(tables_in(tree), layout, path)
+    return _grouped(TreeSource(_name(path), tree, layout), group)
+
+
+def _open_folder(path: Path, least_classes: int) -> Source:
+    tree = FolderTree(path)
+    tables = [table for table in tables_in(tree) if "/" not in table]
+    try:
+        layout = lay_out(tree, str(path), least_classes)
+    except NoClasses as problem:
+        if not tables:
+            raise
+        raise DataError(problem.got, problem.expected, _give(path, tables)) from problem
+    layout.remarks += _tables_beside(tables, layout, path)
+    return TreeSource(_name(path), tree, layout)
+
+
+def _table_in(tree: Tree, path: Path, archive: Path, told: dict[str, str | None]) -> str | None:
+    """The table of the archive that says the classes, or None where its folders do."""
+    tables = tables_in(tree)
+    if path != archive:
+        inner = path.relative_to(archive).as_posix()
+        if inner in tree.files and inner.lower().endswith(TABLES):
+            return inner
+        raise UsageError(
+            f"{archive} holds no table {inner}",
+            f"Its tables are {', '.join(tables[:5]) or 'none'}",
+            _give(archive, tables) if tables else f"crosspatch train {archive}",
+        )
+    if not tables:
+        return None
+    if all(name is None for name in told.values()):
+        try:
+            lay_out(tree, str(archive), look_through=True)
+        except NoClasses:
+            pass
+        except DataError:
+            return None  # class folders with a fault, which is told when they are read
+        else:
+            return None
+    if len(tables) > 1:
+        raise DataError(
+            f"{archive} holds {len(tables)} tables: {', '.join(tables[:5])}",
+            "One table that names the pictures and their classes",
+            _give(archive, tables),
+        )
+    return tables[0]
+
+
+def _tables_beside(tables: Sequence[str], layout: Layout, path: Path) -> list[str]:
+    """A sentence on tables that lie beside class folders. Raises DataError where these folders are
+    called like splits, for then the table is more likely to say the classes."""
+    if not tables:
+        return []
+    if all(name.lower() in MEANING for name in layout.classes):
+        raise DataError(
+            f"{path} holds {' and '.join(layout.classes)} with pictures in them, and {tables[0]}",
+            "Class folders inside train, val and test, or a table that says the classes",
+            _give(path, tables),
+        )
+    return [f"The folders say the classes. {tables[0]} beside them was not read: "
+            f"{path / tables[0]} as DATA would be."]  # fmt: skip
+
+
+def _give(path: Path, tables: Sequence[str]) -> str:
+    return "crosspatch train " + " or ".join(shlex.quote(str(path / one)) for one in tables[:3])
+
+
+def _require_archive(path: Path) -> None:
     if not is_archive(path):
         raise UsageError(
             f"{path} is a single file, and neither an archive nor a table",
@@ -211,17 +293,21 @@ def _open_path(path: Path, least_classes: int) -> Source:
             f"({' '.join(TABLES)})",
             "Give the folder that holds the class folders",
         )
-    tree = open_archive(path)
-    return TreeSource(_name(path), tree, lay_out(tree, str(path), least_classes, look_through=True))
 
 
 def _open_table(
-    path: Path, least_classes: int, told: dict[str, str | None], group: str | None
+    path: Path,
+    least_classes: int,
+    told: dict[str, str | None],
+    group: str | None,
+    packed: tuple[Tree, str] | None = None,
 ) -> Source:
     """A column of the table wins over "folder"; a plain word is a column, not an expression."""
     word = group is None or (group.replace("_", "").isalnum() and group != FOLDER)
-    by_column = word or group in column_names(path)
-    tree, layout = open_table(path, least_classes, {**told, "group": group if by_column else NONE})
+    by_column = word or group in read_table(path, packed)[0]
+    tree, layout = open_table(
+        path, least_classes, {**told, "group": group if by_column else NONE}, packed
+    )
     source = TreeSource(_name(path), tree, layout)
     return source if by_column else _grouped(source, group)
 
@@ -250,8 +336,8 @@ def _require_no_columns(spec: str | Path, told: dict[str, str | None]) -> None:
 
 def _name(path: Path) -> str:
     name = path.resolve().name
-    known = (*ARCHIVES, *TABLES)
-    ending = next((end for end in known if path.is_file() and name.lower().endswith(end)), "")
+    known = () if path.is_dir() else (*ARCHIVES, *TABLES)
+    ending = next((end for end in known if name.lower().endswith(end)), "")
     return name[: len(name) - len(ending)] or "data"
 
 

@@ -11,8 +11,9 @@ Folders decide where they are given. What is missing is carved out by class, see
     train, val, test    val                      test
 
 So no picture given as val or test is ever trained on. In a class of few pictures the first goes to
-train, the second to test, the third to val. Pictures of one group, and exact copies, stay together:
-the classes then are shared out as well as whole groups allow, the largest group first.
+train, the second to test, the third to val. Pictures of one group, exact copies and near-duplicates
+stay together: the classes then are shared out as well as whole groups allow, the largest group
+first.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def make_split(
     """Divide the items (those in `keep`, indices; None: all) as the table above says.
 
     Stratified by class; the same items and seed give the same split. `fractions` are of train, val
-    and test and add up to 1; `twins`: sets of items that are exact copies. Raises DataError for a
-    class without a picture to train on, and for a group that the data's own splits tear apart.
+    and test and add up to 1; `twins`: sets of items that are copies of each other. Raises DataError
+    for a class without a picture to train on, and for a group that the data's own splits tear
+    apart.
     """
     kept = np.arange(len(source)) if keep is None else np.sort(np.asarray(keep, dtype=np.int64))
     given = np.array([source.items[index].split or "train" for index in kept], dtype=object)
@@ -171,8 +173,10 @@ def _carve(
         name: [pool[:0], grouped[where == number]] for number, name in enumerate(names)
     }
     for label in np.unique(labels[alone]):
-        members = alone[labels[alone] == label]
-        members = np.random.default_rng([_STREAM, seed, int(label)]).permutation(members)
+        members = np.random.default_rng([_STREAM, seed, int(label)]).permutation(
+            pool[labels[pool] == label]
+        )  # all of the class, so that one copy more or less leaves the others where they are
+        members = members[np.isin(members, alone)]
         placed = where[labels[grouped] == label]
         at = 0 if (placed == len(shares)).any() else 1
         total, first = len(members) + len(placed), at

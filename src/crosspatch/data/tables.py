@@ -3,16 +3,15 @@
 
 Read are .csv and .tsv (separated by comma, semicolon or tab), .jsonl, .json (a list of objects) and
 .parquet. The columns are found by their names (`GUESSES`) unless they are told. Paths are relative
-to the table's folder and may not leave it; absolute paths are taken as they stand. A file that is
-not there is skipped and listed; whatever could mean two things is an error that names the lines.
+to the table's folder and may not leave it; absolute paths are taken as they stand. The table may
+lie in an archive with the pictures: then absolute paths are refused too. A file that is not there
+is skipped and listed; whatever could mean two things is an error that names the lines.
 """
 
 from __future__ import annotations
 
 import os
-import posixpath
 import re
-import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +19,11 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple, cast
 
 from crosspatch.data.layout import MEANING, SPLITS, Layout, Placed, check_classes, class_remarks
-from crosspatch.data.rows import Row, read_rows
+from crosspatch.data.rows import Row
+from crosspatch.data.shelf import ListedTree, PackedShelf, Shelf, read_table
 from crosspatch.data.skipped import Skipped
-from crosspatch.data.trees import MOST, is_utf8, reading, shown
+from crosspatch.data.trees import Tree, is_utf8, shown
 from crosspatch.errors import DataError, UsageError, near
-
-TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 GUESSES = {
     "path": "path file filename file_name filepath file_path image image_path img img_path picture",
@@ -66,31 +64,23 @@ class Fact(NamedTuple):
     group: str | None
 
 
-class ListedTree:
-    """Files that a table names: key -> the file. `files`, `folders`, `skipped` as of any tree."""
-
-    def __init__(self, found: dict[str, Path], sizes: dict[str, int]) -> None:
-        self.files, self.folders, self.skipped = sizes, set[str](), list[Skipped]()
-        self._found = found
-
-    def read(self, path: str, most: int = MOST) -> bytes:
-        """The first `most` bytes of one file. Raises UnreadableImage where they cannot be had."""
-        with reading(path), open(self._found[path], "rb") as file:
-            return file.read(most)
-
-
 def open_table(
-    path: Path, least_classes: int = 2, told: dict[str, str | None] | None = None
+    path: Path,
+    least_classes: int = 2,
+    told: dict[str, str | None] | None = None,
+    packed: tuple[Tree, str] | None = None,
 ) -> tuple[ListedTree, Layout]:
     """Read a table and look for its files.
 
-    told: column names by `GUESSES`' keys, where they were said; "none": no such column.
-    Raises UsageError for columns that are missing or could be several, DataError for a table that
-    cannot be read, rows that contradict each other, unknown splits, and no file at all.
+    told: column names by `GUESSES`' keys, where they were said; "none": no such column. packed:
+    the archive that the table lies in and its path there; `path` then names it in errors. Raises
+    UsageError for columns that are missing or could be several, DataError for a table that cannot
+    be read, rows that contradict each other, unknown splits, and no file at all.
     """
-    names, rows, remarks = read_rows(path)
+    names, rows, remarks = read_table(path, packed)
     columns, said = find_columns(path, names, told or {})
-    facts, found, skipped, repeated = _gather(path, rows, columns)
+    shelf = PackedShelf(*packed) if packed else Shelf(path)
+    facts, found, skipped, repeated = _gather(path, rows, columns, shelf)
     if not found:
         raise _nothing_found(path, columns, skipped)
     if repeated:
@@ -98,7 +88,7 @@ def open_table(
     sizes = {key: size for key, (_, size) in sorted(found.items())}
     layout = _layout(path, facts, sizes, least_classes)
     layout.skipped, layout.remarks = skipped, [said, *remarks, *layout.remarks]
-    return ListedTree({key: file for key, (file, _) in found.items()}, sizes), layout
+    return ListedTree({key: file for key, (file, _) in found.items()}, sizes, shelf), layout
 
 
 def find_columns(
@@ -151,15 +141,15 @@ def _column(path: Path, kind: str, names: Sequence[str], told: str | None) -> st
 
 
 def _gather(
-    path: Path, rows: Sequence[Row], columns: Columns
-) -> tuple[dict[str, Fact], dict[str, tuple[Path, int]], list[Skipped], int]:
+    path: Path, rows: Sequence[Row], columns: Columns, shelf: Shelf
+) -> tuple[dict[str, Fact], dict[str, tuple[str, int]], list[Skipped], int]:
     """(what is said of each key, its file and bytes where it is there, the others, repetitions)."""
     facts: dict[str, Fact] = {}
-    found: dict[str, tuple[Path, int]] = {}
+    found: dict[str, tuple[str, int]] = {}
     skipped, repeated = [], 0
     for row in rows:
         told = str(row.values.get(columns.path) or "").strip()
-        key, file = _locate(path, told)
+        key, file = _locate(shelf, told)
         fact = _fact(path, row, columns)
         if key is None or fact is None:
             reason = file if key is None else "names no class"
@@ -168,34 +158,23 @@ def _gather(
             _require_agreement(path, key, facts[key], fact)
             repeated += 1
         else:
-            facts[key], size = fact, _size(file)
+            facts[key], size = fact, shelf.size(file)
             if isinstance(size, int):
-                found[key] = Path(file), size
+                found[key] = file, size
             else:
                 skipped.append(Skipped(shown(key), f"{row.place}: {size}"))
     return facts, found, skipped, repeated
 
 
-def _locate(table: Path, told: str) -> tuple[str | None, str]:
-    """(key, file) of a path in the table, or (None, what is wrong with it). The key is the path
-    below the table's folder, or the absolute path where the file lies elsewhere."""
-    root = os.path.abspath(table.parent)
+def _locate(shelf: Shelf, told: str) -> tuple[str | None, str]:
+    """`Shelf.locate` of what may be no path at all."""
     if not told:
         return None, "names no file"
     if "\0" in told or not is_utf8(told):
         return None, "its name is not valid text"
-    if os.path.isabs(told):
-        file = os.path.normpath(told)
-        inside = os.path.relpath(file, root) if file.startswith(os.path.join(root, "")) else file
-        return Path(inside).as_posix(), file
-    if PureWindowsPath(told).drive:
+    if PureWindowsPath(told).drive and not os.path.isabs(told):
         return None, "a path of another machine"
-    if not os.path.exists(os.path.join(root, told)):
-        told = told.replace("\\", "/")
-    key = posixpath.normpath(told)
-    if key == ".." or key.startswith(("../", "/")):
-        return None, "its path leaves the table's folder"
-    return key, os.path.join(root, key)
+    return shelf.locate(told)
 
 
 def _fact(path: Path, row: Row, columns: Columns) -> Fact | None:
@@ -241,15 +220,6 @@ def _require_agreement(path: Path, key: str, first: Fact, second: Fact) -> None:
                 f"Each picture has one {what}{more}",
                 "Correct or remove one of the two",
             )
-
-
-def _size(file: str) -> int | str:
-    """The file's bytes, or why there are none."""
-    try:
-        status = os.stat(file)
-    except OSError as problem:
-        return (problem.strerror or str(problem)).lower()
-    return status.st_size if stat.S_ISREG(status.st_mode) else "not a regular file"
 
 
 def _layout(path: Path, facts: dict[str, Fact], sizes: dict[str, int], least: int) -> Layout:

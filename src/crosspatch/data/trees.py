@@ -161,14 +161,17 @@ class ZipTree(_Archive):
         super().__init__()
         self.path = Path(os.path.abspath(path))
         try:
+            self._state = self.path.stat().st_mtime_ns
             with zipfile.ZipFile(self.path) as archive:
                 self._list(map(_zip_entry, archive.infolist()))
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as problem:
             raise broken_archive(path, problem) from problem
 
     def read(self, path: str, most: int = MOST) -> bytes:
-        with reading(path), _open_zip(self.path, os.getpid()).open(self.where[path]) as file:
-            return file.read(most)
+        with reading(path):
+            archive = _open_zip(self.path, self._state, os.getpid())
+            with archive.open(self.where[path]) as file:
+                return file.read(most)
 
 
 class TarTree(_Archive):
@@ -254,8 +257,9 @@ def _kept_index(index: Path) -> list[_Entry]:
 
 
 @lru_cache(maxsize=4)
-def _open_zip(path: Path, pid: int) -> zipfile.ZipFile:
-    """One handle per process: a forked worker must not share its parent's position in the file."""
+def _open_zip(path: Path, state: int, pid: int) -> zipfile.ZipFile:
+    """One handle per process, for a forked worker must not share its parent's position in the file;
+    another for a zip that was packed again under the same name."""
     return zipfile.ZipFile(path)
 
 

@@ -157,7 +157,8 @@ def _begin(
             "leave --devices away",
         )
     prepared = read_pictures(source, first, reporter)
-    split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.twins)
+    alike = (*prepared.twins, *prepared.near)
+    split = make_split(source, keep=prepared.kept, seed=seed, twins=alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
     _require_alike(pictures)
     if found is not None and found.kind == "run":
