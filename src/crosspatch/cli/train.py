@@ -17,6 +17,7 @@ from cyclopts import Group, Parameter
 from crosspatch.cli import words
 from crosspatch.cli.options import (
     DATA,
+    MULTI,
     Columns,
     Output,
     at_least,
@@ -121,6 +122,7 @@ def train(
     choices: Choices | None = None,
     columns: Columns | None = None,
     group: Annotated[str | None, Parameter(group=_CHOICES, metavar="folder|PATTERN|COLUMN")] = None,
+    multi_label: Annotated[bool, Parameter(group=_CHOICES, help=MULTI)] = False,
     output: Output | None = None,
 ) -> int:
     """Train a classifier on a folder of pictures.
@@ -140,6 +142,7 @@ def train(
     out = folder.out or default_out(data, folder.resume)
     overrides = typed(budget or Budget()) | typed(choices or Choices())
     reading = typed(columns or Columns()) | ({} if group is None else {"group": group})
+    reading |= {"multi_label": True} if multi_label else {}
 
     from crosspatch.cli.screen import Screen, print_json
 

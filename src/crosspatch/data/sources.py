@@ -22,6 +22,7 @@ from PIL import Image
 from crosspatch.data.archives import ARCHIVES, is_archive, open_archive
 from crosspatch.data.decode import UnreadableImage, decode, picture_size
 from crosspatch.data.groups import FOLDER, assign_groups
+from crosspatch.data.labels import SEPARATOR, Label, label_remarks, merge_repeated, numbers
 from crosspatch.data.layout import Layout, lay_out
 from crosspatch.data.rows import column_names
 from crosspatch.data.skipped import Skipped
@@ -36,12 +37,13 @@ DIGITS = "digits"
 
 @dataclass(frozen=True)
 class Item:
-    """One picture. `key`: posix path below the root, unique; `label`: index into the classes;
-    `split`: "train", "val" or "test" where the data say so, else None; `group`: pictures of one
-    group stay in one split (None: in a group of its own)."""
+    """One picture. `key`: posix path below the root, unique; `label`: index into the classes, or of
+    a source with several labels to a picture a tuple of them, ascending and maybe empty; `split`:
+    "train", "val" or "test" where the data say so, else None; `group`: pictures of one group stay
+    in one split (None: in a group of its own)."""
 
     key: str
-    label: int
+    label: Label
     split: str | None
     group: str | None = None
 
@@ -51,7 +53,8 @@ class Source(ABC):
 
     `name`: short, for run folders. `classes`: sorted names. `items`: ordered by key. `skipped`:
     files that are left out by their name or place (unreadable pictures are found by `prepare`).
-    `remarks`: sentences on how the data were understood. A source holds no open file: it may be
+    `remarks`: sentences on how the data were understood. `multi`: whether a picture may have
+    several labels, or none. A source holds no open file: it may be
     pickled and used from forked workers.
     """
 
@@ -60,14 +63,35 @@ class Source(ABC):
     items: tuple[Item, ...]
     skipped: list[Skipped]
     remarks: tuple[str, ...] = ()
+    multi: bool = False
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 (N,): the label of every item."""
+        """int64 (N,): the label of every item, or `presence` where it may have several."""
+        if self.multi:
+            return self.presence
         return np.fromiter((item.label for item in self.items), np.int64, len(self.items))
+
+    @property
+    def presence(self) -> np.ndarray:
+        """float32 (N, K): 1 where an item has a class, else 0."""
+        pairs = [(row, at) for row, item in enumerate(self.items) for at in numbers(item.label)]
+        table = np.zeros((len(self.items), len(self.classes)), np.float32)
+        table[tuple(np.array(pairs, np.int64).reshape(-1, 2).T)] = 1
+        return table
+
+    def counts(self, chosen: np.ndarray) -> np.ndarray:
+        """int64 (K,): how many of the chosen items (indices) have each class."""
+        if self.multi:
+            return self.presence[chosen].sum(axis=0).astype(np.int64)
+        return np.bincount(self.labels[chosen], minlength=len(self.classes))
+
+    def named(self, label: Label) -> str:
+        """The name of a label; several are joined by `|`."""
+        return SEPARATOR.join(self.classes[number] for number in numbers(label))
 
     @abstractmethod
     def read(self, index: int) -> bytes | np.ndarray:
@@ -110,7 +134,7 @@ class TreeSource(Source):
     """A source whose pictures are the files of a tree (folder, zip, tar, those of a table)."""
 
     def __init__(self, name: str, tree: Tree, layout: Layout) -> None:
-        self.name, self.classes = name, layout.classes
+        self.name, self.classes, self.multi = name, layout.classes, layout.multi
         self.items = tuple(Item(one.key, one.label, one.split, one.group) for one in layout.files)
         self.remarks = tuple(layout.remarks)
         self.skipped = sorted([*tree.skipped, *layout.skipped], key=lambda one: one.path)
@@ -164,6 +188,7 @@ def open_source(
     label_column: str | None = None,
     split_column: str | None = None,
     group: str | None = None,
+    multi_label: bool = False,
 ) -> Source:
     """Open DATA: a folder, an archive, a table, or the word "digits" (a folder of that name:
     "./digits").
@@ -171,6 +196,8 @@ def open_source(
     least_classes: training needs two; a trained model may be judged on pictures of one.
     path_column, label_column, split_column: of a table, where their names do not tell ("none": no
     splits). group: "folder", a column of the table, or a regular expression (see `groups`).
+    multi_label: a picture may have several labels: copies of a file in several class folders, and
+    rows of a table that name one file, are one picture (a table may say so by itself).
 
     Raises UsageError for a path that does not exist or is no kind of DATA and for columns or groups
     that it does not have, DataError for data that cannot be trained on: no picture, a single class,
@@ -179,15 +206,15 @@ def open_source(
     told = {"path": path_column, "label": label_column, "split": split_column}
     if spec == DIGITS:
         _require_no_columns(spec, told)
-        return _grouped(DigitsSource(), group)
+        return _grouped(_labelled(DigitsSource(), multi_label), group)
     path = Path(spec)
     if not path.exists():
         raise _missing(path)
     try:
         if not path.is_dir() and path.name.lower().endswith(TABLES):
-            return _open_table(path, least_classes, told, group)
+            return _open_table(path, least_classes, told, group, multi_label)
         _require_no_columns(spec, told)
-        return _grouped(_open_path(path, least_classes), group)
+        return _grouped(_open_path(path, least_classes, multi_label), group)
     except OSError as problem:
         raise UsageError(
             f"cannot read {path} ({problem.strerror or problem})",
@@ -196,10 +223,22 @@ def open_source(
         ) from problem
 
 
-def _open_path(path: Path, least_classes: int) -> Source:
+def _labelled(source: Source, multi_label: bool) -> Source:
+    """The source with one label to a picture as one of several, where that was asked for."""
+    if multi_label:
+        source.multi = True
+        source.items = tuple(replace(one, label=numbers(one.label)) for one in source.items)
+        labels = [numbers(one.label) for one in source.items]
+        source.remarks = (*label_remarks(labels, "as asked"), *source.remarks)
+    return source
+
+
+def _open_path(path: Path, least_classes: int, multi_label: bool) -> Source:
     if path.is_dir():
         tree = FolderTree(path)
-        return TreeSource(_name(path), tree, lay_out(tree, str(path), least_classes))
+        layout = lay_out(tree, str(path), least_classes)
+        layout = merge_repeated(tree, layout) if multi_label else layout
+        return TreeSource(_name(path), tree, layout)
     if not is_archive(path):
         raise UsageError(
             f"{path} is a single file, and neither an archive nor a table",
@@ -208,16 +247,23 @@ def _open_path(path: Path, least_classes: int) -> Source:
             "Give the folder that holds the class folders",
         )
     tree = open_archive(path)
-    return TreeSource(_name(path), tree, lay_out(tree, str(path), least_classes, look_through=True))
+    layout = lay_out(tree, str(path), least_classes, look_through=True)
+    layout = merge_repeated(tree, layout) if multi_label else layout
+    return TreeSource(_name(path), tree, layout)
 
 
 def _open_table(
-    path: Path, least_classes: int, told: dict[str, str | None], group: str | None
+    path: Path,
+    least_classes: int,
+    told: dict[str, str | None],
+    group: str | None,
+    multi_label: bool,
 ) -> Source:
     """A column of the table wins over "folder"; a plain word is a column, not an expression."""
     word = group is None or (group.replace("_", "").isalnum() and group != FOLDER)
     by_column = word or group in column_names(path)
-    tree, layout = open_table(path, least_classes, {**told, "group": group if by_column else NONE})
+    told = {**told, "group": group if by_column else NONE}
+    tree, layout = open_table(path, least_classes, told, multi_label)
     source = TreeSource(_name(path), tree, layout)
     return source if by_column else _grouped(source, group)
 
@@ -225,7 +271,8 @@ def _open_table(
 def _grouped(source: Source, group: str | None) -> Source:
     """The source with `--group` carried out."""
     if group is not None and group != NONE:
-        keys, names = zip(*((i.key, source.classes[i.label]) for i in source.items), strict=True)
+        keys = [item.key for item in source.items]
+        names = [source.named(numbers(item.label)[:1]) for item in source.items]
         groups, remarks = assign_groups(keys, names, group)
         source.items = tuple(
             replace(item, group=name) for item, name in zip(source.items, groups, strict=True)

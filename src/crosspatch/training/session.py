@@ -84,8 +84,8 @@ def _reading(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any]:
     if not resume or not (out / "config.toml").is_file():
         return asked
     begun = RunFolder(out).read_config().get("reading", {})
-    changed = [f"{key} {value} (was {begun.get(key, 'not given')})" for key, value in asked.items()
-               if begun.get(key) != value]  # fmt: skip
+    changed = [f"{_flag(key, value)} (was {begun.get(key, 'not given')})"
+               for key, value in asked.items() if begun.get(key) != value]  # fmt: skip
     if changed:
         raise UsageError(
             f"the run was begun with its data read otherwise: {', '.join(changed)}",
@@ -93,6 +93,11 @@ def _reading(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any]:
             "leave them away, or train anew with --overwrite",
         )
     return begun
+
+
+def _flag(key: str, value: Any) -> str:
+    """An option as it is typed."""
+    return f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
 def _begin(
@@ -118,7 +123,8 @@ def _begin(
     recipe, reasons = plans.plan(look, len(split.train), len(source.classes), machine, given)
     shape = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
-    recipe = replace(recipe, **shape, workers=workers)
+    task = "multilabel" if source.multi else "classify"
+    recipe = replace(recipe, **shape, workers=workers, task=task)
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     recipe, estimate = settle_length(recipe, pictures, given, reasons, began)
@@ -188,7 +194,7 @@ def _refuse_seen(run: RunFolder, pictures: Pictures) -> None:
     seen = int(np.isin(judging, theirs.train).sum())
     if seen:
         how = {"seed": config["recipe"]["seed"], **config.get("reading", {})}
-        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in how.items())
+        flags = " ".join(_flag(key, value) for key, value in how.items())
         raise UsageError(
             f"{run.path} was trained on {seen:,} of the pictures that would judge it here",
             "the split of that run, for the same pictures",
@@ -237,6 +243,18 @@ def _lengthen(
     return config
 
 
+def _labels(source: Source) -> dict[str, Any] | None:
+    """How many labels pictures have, where they may have several."""
+    if not source.multi:
+        return None
+    counts = source.presence.sum(axis=1)
+    return {
+        "mean": float(counts.mean()),
+        "most": int(counts.max()),
+        "none": int((counts == 0).sum()),
+    }
+
+
 def _versions(recipe: Recipe) -> dict[str, str]:
     found = {"crosspatch": crosspatch.__version__, "python": platform.python_version()}
     found |= {name: given or "unknown" for name, given in installed(VERSIONED).items()}
@@ -262,6 +280,8 @@ def _announce(
             "out": str(run.path),
             "images": len(pictures.prepared.images),
             "classes": list(source.classes),
+            "task": recipe.task,
+            "labels": _labels(source),
             "skipped": len(skipped),
             "skipped_files": [{"path": s.path, "reason": s.reason} for s in skipped],
             "split": split_sizes(pictures.split),
