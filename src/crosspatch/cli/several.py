@@ -65,15 +65,15 @@ def class_table(screen: Screen, metrics: dict[str, Any]) -> None:
     rows = [row for row in metrics["classes"] if row["support"] or row["precision"] is not None]
     width = min(max([5, *(cell_len(words.visible(row["name"])) for row in rows)]), 14)
     screen.line(
-        f"  {'class':{width}}  pictures   from       AP  precision   recall    95 % range       F1",
+        f"  {'class':{width}}  pictures  from       AP    prec.   recall  95 % range       F1",
         "cyan",
     )
     for row in rows:
         name = set_cell_size(words.visible(row["name"]), width)
         span = words.interval(row["recall_low"], row["recall_high"]) if row["support"] else "–"
         screen.line(
-            f"  {name}  {row['support']:>8,}  {words.number(row['threshold']):>5}"
-            f"  {words.percent(row['ap']):>7}  {words.percent(row['precision']):>9}"
-            f"  {words.percent(row['recall']):>7}  {span:>12}  {words.percent(row['f1']):>7}"
+            f"  {name}  {row['support']:>8,}  {words.number(row['threshold'], 2)}"
+            f"  {words.percent(row['ap']):>7}  {words.percent(row['precision']):>7}"
+            f"  {words.percent(row['recall']):>7}  {span:>10}  {words.percent(row['f1']):>7}"
         )
     screen.line("  from: the probability from which on a picture has the class")

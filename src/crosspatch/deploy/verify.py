@@ -165,7 +165,7 @@ def _reference(bundle: Bundle, run: Path) -> tuple[Engine | None, list[str]]:
     other = [
         what
         for what, differs in (
-            ("task", trained.task != info.task),
+            ("kinds of answer", trained.task != info.task),
             ("classes", trained.classes != info.classes),
             ("preprocessing", trained.preprocess != info.preprocess),
         )
