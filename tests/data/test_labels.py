@@ -113,6 +113,16 @@ def test_copies_in_two_splits_stay_two_pictures(tmp_path) -> None:
     assert [one.path for one in prepared.skipped] == ["train/a/1.png"]  # test keeps its picture
 
 
+def test_a_class_folder_named_like_two_labels_is_refused(tmp_path) -> None:
+    rows = several.write_pictures(tmp_path, 2)
+    for name, (path, _) in zip(("a|b", "c"), rows, strict=True):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / path).rename(tmp_path / "data" / name / "x.png")
+    assert open_source(tmp_path / "data").classes == ("a|b", "c")
+    with pytest.raises(DataError, match=r"called 'a\|b'.*Rename"):
+        open_source(tmp_path / "data", multi_label=True)
+
+
 def test_single_labels_can_be_taken_for_several(root) -> None:
     source = open_source("digits", multi_label=True)
     assert source.multi

@@ -85,21 +85,17 @@ def _measure(
     split: str,
     topk: int,
     engine: Engine,
-    reading: dict[str, str],
+    reading: dict[str, Any],
     multi_label: bool,
 ) -> _Found:
-    from crosspatch.data.sources import open_source
     from crosspatch.deploy.loading import MANY, load
     from crosspatch.metrics.classification import topk as share_in_topk
     from crosspatch.tasks import make_task
 
     predictor = load(run, engine=engine, batch=MANY)
     several = predictor.task == "multilabel"
-    given: dict[str, Any] = reading or _reading_of_run(_folder(run), data)
-    given = {**given, "group": "none", "multi_label": several or multi_label}
-    source = open_source(data, least_classes=1, **given)
-    if source.multi and not several:
-        raise _one_label(run, data)
+    reading = reading or _reading_of_run(_folder(run), data)
+    source = _opened(run, data, {**reading, "multi_label": several or multi_label}, several)
     labels = match_classes(source, predictor.classes)
     chosen, name, why = choose(_folder(run), source, split)
     answers = predictor.predict(
@@ -126,12 +122,19 @@ def _measure(
     return _Found(name, why, predictor.engine.setting._asdict(), metrics, rows, skipped)
 
 
-def _one_label(run: Path, data: str) -> DataError:
-    return DataError(
-        f"pictures of {data} may have several labels, and {run} names one class of each",
-        "data with one label to a picture, or a run that was trained on several",
-        f"crosspatch train {data} --multi-label, then evaluate that run",
-    )
+def _opened(run: Path, data: str, reading: dict[str, Any], several: bool) -> Source:
+    """The labelled pictures; several: whether the model gives several labels to a picture. Raises
+    DataError where the data do and the model does not."""
+    from crosspatch.data.sources import open_source
+
+    source = open_source(data, least_classes=1, **{**reading, "group": "none"})
+    if source.multi and not several:
+        raise DataError(
+            f"pictures of {data} may have several labels, and {run} names one class of each",
+            "data with one label to a picture, or a run that was trained on several",
+            f"crosspatch train {data} --multi-label, then evaluate that run",
+        )
+    return source
 
 
 def _reading_of_run(folder: Path, data: str) -> dict[str, str]:
@@ -173,7 +176,7 @@ def match_classes(source: Source, known: Sequence[str]) -> np.ndarray:
         raise DataError(
             f"classes that the model does not know: {', '.join(hints)}{more}",
             f"it was trained on {len(known)} classes: {shown}",
-            "rename these folders to the model's names, or take them out",
+            "rename these classes to the model's names, or take them out",
         )
     places = np.array([place[name] for name in source.classes], np.int64)
     if not source.multi:

@@ -32,7 +32,7 @@ def score(screen: Screen, split: str, metrics: dict[str, Any]) -> None:
     screen.line(f"{split} mAP {words.percent(metrics['map'])} ({span}, {pictures})", "bold")
     span = words.interval(metrics["low"], metrics["high"])
     screen.line(
-        f"  all labels right of {words.percent(metrics['accuracy'])} of the pictures ({span}), "
+        f"  all labels right: {words.percent(metrics['accuracy'])} of pictures ({span}), "
         f"{words.percent(metrics['hamming'])} of labels wrong"
     )
     screen.line(

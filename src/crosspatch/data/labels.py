@@ -87,8 +87,16 @@ def merge_repeated(tree: Tree, layout: Layout) -> Layout:
     """The layout with several labels to a picture: files of the same bytes in several class folders
     (of one split) become one picture with the label of each, which keeps the first of the paths.
 
-    Copies inside one class folder stay as they are; so does what cannot be read.
+    Copies inside one class folder stay as they are; so does what cannot be read. Raises DataError
+    for a class whose name holds a `|`.
     """
+    strange = next((name for name in layout.classes if SEPARATOR in name), None)
+    if strange is not None:
+        raise DataError(
+            f"a class is called {strange!r}",
+            f"{SEPARATOR} stands between the labels of a picture",
+            "Rename the folder",
+        )
     kept: list[Placed] = []
     merged = 0
     for alike in _same_bytes(tree, layout.files):
@@ -101,7 +109,10 @@ def merge_repeated(tree: Tree, layout: Layout) -> Layout:
             merged += len(alike) - 1
     kept.sort(key=lambda one: one.key)
     names = [one.label for one in kept if isinstance(one.label, tuple)]
-    why = f"as asked; {merged:,} files are another's copy in one more class folder"
+    why = "as asked"
+    if merged:
+        plural = "file is" if merged == 1 else "files are"
+        why += f"; {merged:,} {plural} another's copy in one more class folder"
     remarks = [*label_remarks(names, why), *layout.remarks]
     return Layout(layout.classes, kept, layout.skipped, remarks, multi=True)
 
