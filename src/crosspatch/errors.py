@@ -42,6 +42,12 @@ class Interrupted(CrosspatchError):
     exit_code = 4
 
 
+def option(name: str, value: object) -> str:
+    """A setting as it is typed: `--batch 8`, and `--multi-label` for one that is set."""
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is True else f"{flag} {value}"
+
+
 def near(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names most like `name` (upper and lower case are alike), as text for an error, or
     an empty string."""

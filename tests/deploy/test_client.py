@@ -135,8 +135,8 @@ def test_open_files_are_read_and_newer_schemas_refused(tmp_path) -> None:
     buffer.seek(0)
     assert len(client.Client(path).predict(buffer)) == 3
     model = onnx.load(path)
-    text = model.metadata_props[0].value.replace('"schema": 1', '"schema": 2')
+    text = model.metadata_props[0].value.replace('"schema": 1', '"schema": 3')
     onnx.helper.set_model_props(model, {"crosspatch": text})
     onnx.save(model, path)
-    with pytest.raises(ValueError, match="schema 1"):
+    with pytest.raises(ValueError, match="schema 1 and 2"):
         client.Client(path)

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosspatch.metrics.calibration import GREATEST, LEAST, apply_temperature, fit_temperature
+from crosspatch.metrics import multilabel
+from crosspatch.metrics.calibration import (
+    GREATEST,
+    LEAST,
+    apply_binary_temperature,
+    apply_temperature,
+    fit_binary_temperature,
+    fit_temperature,
+)
 from crosspatch.metrics.classification import nll
 
 
@@ -56,3 +64,30 @@ def test_pictures_that_are_all_right_do_not_call_for_certainty() -> None:
     probs, labels = softmax(np.tile(np.eye(4), (25, 1)) * 9), np.tile(np.arange(4), 25)
     warm = apply_temperature(probs, fit_temperature(probs, labels))
     np.testing.assert_allclose(warm.max(axis=1), 101 / 102, rtol=1e-3)
+
+
+def scored(seed: int, sharpness: float, n: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+    """Sigmoids (n, 3) `sharpness` times too sharp, and labels drawn from the right ones."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(n, 3)) * 2
+    labels = (rng.random((n, 3)) < 1 / (1 + np.exp(-logits))).astype(np.float32)
+    return 1 / (1 + np.exp(-logits * sharpness)), labels
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 3.0])
+def test_one_temperature_of_all_sigmoids_is_found(sharpness: float) -> None:
+    probs, labels = scored(0, sharpness)
+    best = fit_binary_temperature(probs, labels)
+    assert best == pytest.approx(sharpness, rel=0.08)
+    least = multilabel.nll(apply_binary_temperature(probs, best), labels)
+    for factor in (0.7, 0.95, 1.05, 1.4):
+        assert least <= multilabel.nll(apply_binary_temperature(probs, best * factor), labels)
+
+
+def test_a_temperature_of_sigmoids_keeps_order_and_one_changes_nothing() -> None:
+    probs, _ = scored(1, 1.0, n=50)
+    np.testing.assert_allclose(apply_binary_temperature(probs, 1.0), probs, atol=1e-6)
+    warm = apply_binary_temperature(probs, 3.0)
+    np.testing.assert_array_equal(warm.ravel().argsort(), probs.ravel().argsort())
+    assert ((warm > 0.5) == (probs > 0.5)).all()
+    assert fit_binary_temperature(probs[:0], probs[:0]) == 1.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from crosspatch.data.augment import AugmentConfig
-from crosspatch.training.package import build_model, model_config, save_model, save_temperature
+from crosspatch.training.package import build_model, model_config, save_calibration, save_model
 from crosspatch.training.recipe import Recipe
 
 CLASSES = ("ash", "beech", "cedar", "date")
@@ -29,5 +29,5 @@ def write_run(folder: Path, *, seed: int = 0, **changed) -> Path:
         module.head.weight.mul_(100)
     (folder / "model").mkdir(parents=True)
     save_model(folder / "model", module, model_config(recipe, CLASSES))
-    save_temperature(folder / "model", 1.25, 40)
+    save_calibration(folder / "model", 1.25, 40)
     return folder

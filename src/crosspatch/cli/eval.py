@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
-from crosspatch.cli.options import DATA, Columns, Output, at_least, typed
+from crosspatch.cli.options import DATA, MULTI, Columns, Output, at_least, typed
 from crosspatch.cli.predict import ENGINE, MODEL, Engine, check_target, existing_model, write_table
 from crosspatch.errors import DataError, UsageError, near
 
@@ -34,6 +34,7 @@ def evaluate(
     topk: Annotated[int, at_least(1, "--topk 5")] = 5,
     engine: Annotated[Engine, Parameter(help=ENGINE)] = "auto",
     csv: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    multi_label: Annotated[bool, Parameter(help=f"{MULTI} A run of such labels knows it.")] = False,
     columns: Columns | None = None,
     output: Output | None = None,
 ) -> int:
@@ -53,7 +54,7 @@ def evaluate(
     check_target(csv)
     with Screen(stderr=output.json) as screen:
         reading = typed(columns or Columns())
-        found = _measure(screen, run, data, split, topk, engine, reading)
+        found = _measure(screen, run, data, split, topk, engine, reading, multi_label)
         if csv is not None:
             write_table(csv, found.rows)
         if not output.json:
@@ -84,16 +85,17 @@ def _measure(
     split: str,
     topk: int,
     engine: Engine,
-    reading: dict[str, str],
+    reading: dict[str, Any],
+    multi_label: bool,
 ) -> _Found:
-    from crosspatch.data.sources import open_source
     from crosspatch.deploy.loading import MANY, load
     from crosspatch.metrics.classification import topk as share_in_topk
-    from crosspatch.tasks.classify import Classify
+    from crosspatch.tasks import make_task
 
     predictor = load(run, engine=engine, batch=MANY)
+    several = predictor.task == "multilabel"
     reading = reading or _reading_of_run(_folder(run), data)
-    source = open_source(data, least_classes=1, **{**reading, "group": "none"})
+    source = _opened(run, data, {**reading, "multi_label": several or multi_label}, several)
     labels = match_classes(source, predictor.classes)
     chosen, name, why = choose(_folder(run), source, split)
     answers = predictor.predict(
@@ -107,15 +109,32 @@ def _measure(
             "labelled pictures (JPEG, PNG, WebP, BMP, GIF or TIFF)",
             f"look at them; the first is {keys[0]}: {answers.failures[0].reason}",
         )
-    task, truth = Classify(answers.classes), labels[chosen[answers.ok]]
+    task = make_task(predictor.task, answers.classes, predictor.thresholds)
+    truth = labels[chosen[answers.ok]]
     metrics = task.metrics(answers.probs, truth)
-    k = min(topk, len(answers.classes))
-    metrics["topk"] = {"k": k, "accuracy": share_in_topk(answers.probs, truth, k)}
+    if not several:
+        k = min(topk, len(answers.classes))
+        metrics["topk"] = {"k": k, "accuracy": share_in_topk(answers.probs, truth, k)}
     read = [keys[place] for place in answers.ok]
-    rows = task.predictions(read, truth.tolist(), answers.probs, name)
+    rows = task.predictions(read, truth, answers.probs, name)
     skipped = [(one.path, one.reason) for one in source.skipped]
     skipped += [(keys[one.index], one.reason) for one in answers.failures]
     return _Found(name, why, predictor.engine.setting._asdict(), metrics, rows, skipped)
+
+
+def _opened(run: Path, data: str, reading: dict[str, Any], several: bool) -> Source:
+    """The labelled pictures; several: whether the model gives several labels to a picture. Raises
+    DataError where the data do and the model does not."""
+    from crosspatch.data.sources import open_source
+
+    source = open_source(data, least_classes=1, **{**reading, "group": "none"})
+    if source.multi and not several:
+        raise DataError(
+            f"pictures of {data} may have several labels, and {run} names one class of each",
+            "data with one label to a picture, or a run that was trained on several",
+            f"crosspatch train {data} --multi-label, then evaluate that run",
+        )
+    return source
 
 
 def _reading_of_run(folder: Path, data: str) -> dict[str, str]:
@@ -141,7 +160,8 @@ def _folder(run: Path) -> Path:
 
 
 def match_classes(source: Source, known: Sequence[str]) -> np.ndarray:
-    """int64 (N,): for every item the model's index of its class, matched by name.
+    """int64 (N,): for every item the model's index of its class, matched by name; of a source with
+    several labels to a picture float32 (N, K), 1 where an item has the model's class.
 
     Raises DataError naming the classes that the model does not know, and what is near them.
     """
@@ -156,9 +176,14 @@ def match_classes(source: Source, known: Sequence[str]) -> np.ndarray:
         raise DataError(
             f"classes that the model does not know: {', '.join(hints)}{more}",
             f"it was trained on {len(known)} classes: {shown}",
-            "rename these folders to the model's names, or take them out",
+            "rename these classes to the model's names, or take them out",
         )
-    return np.array([place[name] for name in source.classes], np.int64)[source.labels]
+    places = np.array([place[name] for name in source.classes], np.int64)
+    if not source.multi:
+        return places[source.labels]
+    table = np.zeros((len(source), len(known)), np.float32)
+    table[:, places] = source.presence
+    return table
 
 
 def choose(run: Path, source: Source, split: str) -> tuple[np.ndarray, str, str]:
@@ -213,7 +238,8 @@ def _print(
     screen.score(name, metrics)
     screen.line()
     screen.class_table(metrics)
-    screen.confused(metrics)
+    if "confusion" in metrics:
+        screen.confused(metrics)
     if skipped:
         screen.line()
         screen.line(f"{words.plural(len(skipped), 'file')} left out", "yellow")

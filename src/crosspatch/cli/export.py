@@ -95,7 +95,9 @@ def _summary(run: Path, exported: Exported, to: str) -> dict[str, Any]:
         "architecture": info.architecture,
         "parameters": info.parameters,
         "macs": info.macs,
+        "task": info.task,
         "classes": info.classes,
+        "thresholds": info.thresholds,
         "preprocess": info.preprocess.to_dict(),
         "temperature": info.temperature,
         "calibrated_on": info.calibrated_on,
@@ -105,6 +107,18 @@ def _summary(run: Path, exported: Exported, to: str) -> dict[str, Any]:
         "versions": info.versions,
         "remarks": exported.remarks,
     }
+
+
+def _figure(found: dict[str, Any], whose: str) -> str:
+    """The figure that a run is known by, with its interval."""
+    from crosspatch.cli import words
+
+    if "map" not in found:
+        span = words.interval(found["low"], found["high"])
+        return f"accuracy of the run{whose} {words.percent(found['accuracy'])} ({span})"
+    known = found["map_low"] is not None
+    span = f" ({words.interval(found['map_low'], found['map_high'])})" if known else ""
+    return f"mAP of the run{whose} {words.percent(found['map'])}{span}"
 
 
 def _print(screen: Any, run: Path, exported: Exported, to: str) -> None:
@@ -119,13 +133,8 @@ def _print(screen: Any, run: Path, exported: Exported, to: str) -> None:
         f"{height}x{width} pixels, {words.plural(len(info.classes), 'class', 'classes')}"
     )
     if info.accuracy is not None:
-        figures = info.accuracy
-        span = words.interval(figures["low"], figures["high"])
-        whose = "" if info.precision == "fp32" else " before int8"
-        screen.line(
-            f"  {figures['split']} accuracy of the run{whose} {words.percent(figures['accuracy'])} "
-            f"({span})"
-        )
+        figures, whose = info.accuracy, "" if info.precision == "fp32" else " before int8"
+        screen.line(f"  {figures['split']} {_figure(figures, whose)}")
     fitted = f"fitted on {words.plural(info.calibrated_on, 'validation picture')}"
     screen.line(
         f"  temperature {words.number(info.temperature)}, "

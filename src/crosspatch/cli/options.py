@@ -36,6 +36,12 @@ class Output:
     """Show the traceback of an error."""
 
 
+MULTI = (
+    "A picture may have several labels: copies of a file in several class folders, or rows of one "
+    "path, are one picture (labels a|b and lists in a table say so by themselves)."
+)
+
+
 @Parameter(name="*", group=TABLE)
 @dataclass(frozen=True, kw_only=True)
 class Columns:
@@ -49,7 +55,7 @@ class Columns:
     label_column: Annotated[
         str | None, Parameter(metavar="NAME", show_default="label, class, …")
     ] = None
-    """The column of classes, one to a picture."""
+    """The column of classes, one to a picture, or several as a|b or a list."""
 
     split_column: Annotated[str | None, Parameter(metavar="NAME", show_default="split, …")] = None
     """The column of splits (train, val, test), or the word none."""

@@ -11,12 +11,15 @@ import glob
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from crosspatch.cli.options import Output, at_least, existing_run
 from crosspatch.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from crosspatch.deploy.predictor import Predictions
 
 MODEL = "The folder of a trained run, or a bundle (.onnx, .xml) that was exported from one."
 ENGINE = (
@@ -40,7 +43,8 @@ def predict(
     Parameters
     ----------
     topk
-        How many classes are named for each picture, most probable first.
+        How many classes are named for each picture, most probable first. A run of several labels
+        shows all that a picture has.
     csv
         Write the answers to this table as well.
     """
@@ -64,13 +68,11 @@ def predict(
         answers = predictor.predict(
             paths, progress=lambda done, total: screen.progress("predicting", done, total)
         )
+        several = bool(answers.thresholds)
         unreadable = missing + [(paths[one.index], one.reason) for one in answers.failures]
-        rows = [
-            {"path": paths[place], "top": _top(probs, answers.classes, topk)}
-            for place, probs in zip(answers.ok, answers.probs, strict=True)
-        ]
+        rows = _rows(paths, answers, topk)
         if csv is not None:
-            write_table(csv, _table(rows, unreadable, min(topk, len(answers.classes))))
+            write_table(csv, _table(rows, unreadable, min(topk, len(answers.classes)), several))
         if not output.json:
             _print(screen, rows, unreadable)
     if not rows:
@@ -80,6 +82,7 @@ def predict(
             "run": str(run),
             "engine": predictor.engine.setting._asdict(),
             "classes": answers.classes,
+            **({"thresholds": answers.thresholds} if several else {}),
             "predictions": rows,
             "unreadable": [{"path": path, "reason": reason} for path, reason in unreadable],
         })  # fmt: skip
@@ -163,18 +166,37 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _top(probs: Any, classes: tuple[str, ...], k: int) -> list[dict[str, Any]]:
-    order = (-probs).argsort(kind="stable")[:k]
-    return [{"class": classes[i], "probability": round(float(probs[i]), 6)} for i in order]
+def _rows(paths: list[str], answers: Predictions, k: int) -> list[dict[str, Any]]:
+    """path and top, and of several labels to a picture `labels`: those that it is said to have."""
+    rows = [
+        {"path": path, "labels": _pairs(labels), "top": _pairs(top)}
+        for path, labels, top in zip(paths, answers.labels, answers.top(k), strict=True)
+        if labels is not None and top is not None
+    ]
+    if not answers.thresholds:
+        for row in rows:
+            del row["labels"]
+    return rows
+
+
+def _pairs(pairs: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"class": name, "probability": round(p, 6)} for name, p in pairs]
 
 
 def _table(
-    rows: list[dict[str, Any]], unreadable: list[tuple[str, str]], k: int
+    rows: list[dict[str, Any]], unreadable: list[tuple[str, str]], k: int, several: bool
 ) -> Iterator[dict[str, Any]]:
-    """path, class_1, probability_1 … class_k, probability_k, error: one row per picture."""
+    """path, class_1, probability_1 … class_k, probability_k, error: one row per picture; of several
+    labels to a picture `labels` and `probabilities` come first, with | between them."""
+    from crosspatch.data.labels import SEPARATOR
+
     names = [f"{name}_{place}" for place in range(1, k + 1) for name in ("class", "probability")]
+    names = ["labels", "probabilities", *names] if several else names
     for row in rows:
         values = [value for one in row["top"] for value in (one["class"], one["probability"])]
+        if several:
+            parts = [[str(one[key]) for one in row["labels"]] for key in ("class", "probability")]
+            values = [*map(SEPARATOR.join, parts), *values]
         yield {"path": row["path"], **dict(zip(names, values, strict=True)), "error": ""}
     for path, reason in unreadable:
         yield {"path": path, **dict.fromkeys(names, ""), "error": reason}
@@ -187,13 +209,20 @@ def _print(screen: Any, rows: list[dict[str, Any]], unreadable: list[tuple[str, 
 
     width = min(max((cell_len(row["path"]) for row in rows), default=0), 40)
     for row in rows:
-        top = ", ".join(f"{one['class']} {words.percent(one['probability'])}" for one in row["top"])
+        top = _said(row.get("labels", row["top"])) or f"none (nearest: {_said(row['top'][:1])})"
         path = words.visible(row["path"])
         screen.line(f"{path + ' ' * (width - cell_len(path))}  {top}")
     if unreadable and rows:
         screen.line()
         screen.line(f"{words.plural(len(unreadable), 'name')} could not be read", "yellow")
         screen.unreadable(unreadable)
+
+
+def _said(pairs: list[dict[str, Any]]) -> str:
+    """`red 98.1 %, round 77.0 %`."""
+    from crosspatch.cli import words
+
+    return ", ".join(f"{one['class']} {words.percent(one['probability'])}" for one in pairs)
 
 
 def nothing_readable(unreadable: list[tuple[str, str]]) -> DataError:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 import crosspatch
-from crosspatch.cli import words
+from crosspatch.cli import several, words
 from crosspatch.training import launch
 
 WIDTH = 80
@@ -62,7 +62,7 @@ class Screen:
         self.console = console or _Console(stderr=stderr, quiet=mute, **plain)
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._headed = False
+        self._headed = self._several = False
         self._first: tuple[int, float] | None = None  # the first step seen, and when
 
     def __enter__(self) -> Screen:
@@ -125,6 +125,7 @@ class Screen:
     def plan(self, info: dict[str, Any]) -> None:
         """The first screen: data, choices and why, time, place."""
         self._hide_bars()
+        self._several = info.get("task") == "multilabel"
         self.line(f"crosspatch {crosspatch.__version__} on {info.get('data', 'pictures')}", "bold")
         for name, text in _plan_rows(info):
             parts = textwrap.wrap(words.visible(text), WIDTH - 14, break_on_hyphens=False) or [""]
@@ -143,9 +144,9 @@ class Screen:
     def epoch(self, row: dict[str, Any]) -> None:
         """One line per epoch; `*` marks the best so far."""
         if not self._headed:
-            self.line(EPOCH_HEAD, "cyan")
+            self.line(several.EPOCH_HEAD if self._several else EPOCH_HEAD, "cyan")
             self._headed = True
-        self.line(epoch_line(row))
+        self.line(epoch_line(row, self._several))
 
     def done(self, summary: dict[str, Any]) -> None:
         """The last screen: the score, where it fails, the files, what to type next."""
@@ -157,7 +158,8 @@ class Screen:
         else:
             self.score({"val": "validation"}.get(name, name), summary[name])
             self.worst_classes(summary[name])
-            self.confused(summary[name])
+            if "confusion" in summary[name]:
+                self.confused(summary[name])
         self.line()
         self.line(f"trained in {words.duration(summary['seconds'])}, kept in {out}")
         self._files(summary.get("files") or {})
@@ -173,7 +175,10 @@ class Screen:
             self.line(f"  {name:{width}}  {words.size(bytes_):>8}")
 
     def score(self, split: str, metrics: dict[str, Any]) -> None:
-        """Accuracy with its interval and the other figures of one split."""
+        """Accuracy, or mAP, with its interval and the other figures of one split."""
+        if "map" in metrics:
+            several.score(self, split, metrics)
+            return
         pictures = words.plural(metrics["images"], "picture")
         if metrics.get("accuracy") is None:
             self.line(f"{split}: {pictures}, so there is no score", "bold")
@@ -190,7 +195,10 @@ class Screen:
         )
 
     def worst_classes(self, metrics: dict[str, Any], most: int = 3) -> None:
-        """The classes found least often."""
+        """The classes found least often, or with the least average precision."""
+        if "map" in metrics:
+            several.worst_classes(self, metrics, most)
+            return
         worst = [row for row in metrics["classes"] if row["recall"] is not None]
         worst = sorted(worst, key=lambda row: (row["recall"], row["name"]))[:most]
         if worst:
@@ -213,6 +221,9 @@ class Screen:
 
     def class_table(self, metrics: dict[str, Any]) -> None:
         """Precision, recall and F1 of every class that occurs."""
+        if "map" in metrics:
+            several.class_table(self, metrics)
+            return
         rows = [row for row in metrics["classes"] if row["support"] or row["precision"] is not None]
         width = min(max([5, *(cell_len(words.visible(row["name"])) for row in rows)]), 24)
         head = f"  {'class':{width}}  pictures  precision   recall    95 % range       F1"
@@ -238,15 +249,18 @@ def confused_pairs(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(cells, key=lambda cell: (-cell["count"], cell["true"], cell["predicted"]))
 
 
-def epoch_line(row: dict[str, Any]) -> str:
-    """The figures of one epoch under `EPOCH_HEAD`, 79 characters with its mark."""
+def epoch_line(row: dict[str, Any], of_several: bool = False) -> str:
+    """The figures of one epoch under `EPOCH_HEAD`, 79 characters with its mark; of_several: labels
+    to a picture."""
     place = f"{row['epoch']}/{row['epochs']}"
-    span = "–"
-    if row.get("val_accuracy") is not None:
+    figure, span = row.get("val_accuracy"), "–"
+    if of_several:
+        figure, span = row.get("val_map"), words.percent(figure)
+    elif figure is not None:
         span = words.interval(row["val_low"], row["val_high"])
     return (
         f"{place:>8}  {words.duration(row['elapsed']):>7}  {row['train_loss']:6.3f}"
-        f"  {words.percent(row.get('val_accuracy')):>7}{'*' if row.get('best') else ' '}"
+        f"  {words.percent(figure):>7}{'*' if row.get('best') else ' '}"
         f"  {span:>11}  {row['lr']:9.1e}  {row['images_per_second']:8,.0f}"
         f"  {words.duration(row['remaining']):>7}"
     )
@@ -262,6 +276,8 @@ def _plan_rows(info: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield from _skipped_rows(info)
     if classes:
         yield "classes", words.listing(classes, 10)
+    if info.get("labels"):
+        yield "labels", _labels_text(info["labels"])
     if "split" in info:
         yield "split", " · ".join(f"{n:,} {name}" for name, n in info["split"].items())
     if info.get("smallest"):
@@ -283,6 +299,11 @@ def _plan_rows(info: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "resumed", f"from step {info['resumed_step']:,}"
     if "out" in info:
         yield "run folder", str(info["out"])
+
+
+def _labels_text(labels: dict[str, Any]) -> str:
+    none = f", none to {words.plural(labels['none'], 'picture')}" if labels["none"] else ""
+    return f"{labels['mean']:.2g} to a picture, {labels['most']} at most{none}"
 
 
 def _skipped_rows(info: dict[str, Any], most: int = 5) -> Iterable[tuple[str, str]]:

@@ -19,6 +19,7 @@ from cyclopts import Group, Parameter
 from crosspatch.cli import words
 from crosspatch.cli.options import (
     DATA,
+    MULTI,
     Columns,
     Output,
     at_least,
@@ -136,6 +137,7 @@ def train(
     choices: Choices | None = None,
     columns: Columns | None = None,
     group: Annotated[str | None, Parameter(group=_CHOICES, metavar="folder|PATTERN|COLUMN")] = None,
+    multi_label: Annotated[bool, Parameter(group=_CHOICES, help=MULTI)] = False,
     output: Output | None = None,
 ) -> int:
     """Train a classifier on a folder of pictures.
@@ -158,6 +160,7 @@ def train(
     if count > 1 and launch.world() == 1:
         return launch.launch([*sys.argv[1:], *([] if folder.out else ["--out", str(out)])], count)
     reading = typed(columns or Columns()) | ({} if group is None else {"group": group})
+    reading |= {"multi_label": True} if multi_label else {}
 
     from crosspatch.cli.screen import Screen, print_json
 

@@ -34,8 +34,8 @@ def verify(
 ) -> int:
     """Compare a bundle with the model it was made of, on your own pictures.
 
-    Every engine answers the same pictures as torch: same class, how far the probabilities are
-    apart, how fast. Exits with 1 when one of them answers something else.
+    Every engine answers the same pictures as torch: same class or labels, how far the probabilities
+    are apart, how fast. Exits with 1 when one of them answers something else.
     """
     output = output or Output()
     if against is not None:
@@ -136,7 +136,10 @@ def _on_what(report: Report) -> str:
 
 def _table(screen: Any, report: Report) -> None:
     """One line per engine, and torch's own below."""
-    head = f"  {'engine':18}{'same class':>14}{'largest diff':>14}{'check diff':>12}"
+    from crosspatch.deploy.verify import meant
+
+    same = f"same {meant(report.bundle)}"
+    head = f"  {'engine':18}{same:>14}{'largest diff':>14}{'check diff':>12}"
     screen.line(f"{head}{'latency':>12}   speed", "cyan")
     for one in report.engines:
         same = "–" if one.agreed is None else f"{one.agreed:,} of {report.pictures:,}"

@@ -5,6 +5,7 @@ decode      one picture: bytes -> upright 8-bit RGB; the only image opener
 preprocess  how every picture becomes one size, in training and ever after
 sources     a folder, an archive, a table or the embedded digits -> classes and items
 tables      what the columns of a table mean; rows: the dialects of table files
+labels      several labels to a picture: in cells of tables, by copies in class folders
 groups      which pictures belong together, so that no split tears them apart
 copies      exact copies among the files
 trees       where a source's files lie: folder, zip, tar (in place, nothing is extracted)

@@ -38,24 +38,26 @@ class NoClasses(DataError):
 
 
 class Placed(NamedTuple):
-    """One picture: `path` in the tree, `key` below the root (they differ under a top folder)."""
+    """One picture: `path` in the tree, `key` below the root (they differ under a top folder);
+    `label` as in `sources.Item`."""
 
     path: str
     key: str
-    label: int
+    label: int | tuple[int, ...]
     split: str | None
     group: str | None = None
 
 
 @dataclass
 class Layout:
-    """The meaning of a tree: classes, pictures in the order of their keys, what was left out, and
-    what is worth a second look, in sentences."""
+    """The meaning of a tree: classes, pictures in the order of their keys, what was left out, what
+    is worth a second look, in sentences, and whether pictures may have several labels."""
 
     classes: tuple[str, ...]
     files: list[Placed] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    multi: bool = False
 
 
 def lay_out(tree: Tree, told: str, least_classes: int = 2, *, look_through: bool = False) -> Layout:

@@ -26,8 +26,9 @@ _BALANCED = 0x62616C61
 class Batch(NamedTuple):
     """One process's share of a batch.
 
-    `images`: uint8 (B, H', W', 3); `labels`, `positions` (in the epoch's order), `index` (in the
-    set): int64 (B,); `n_global`: pictures in the whole batch, over all processes.
+    `images`: uint8 (B, H', W', 3); `labels`: int64 (B,) or float32 (B, K), as the set has them;
+    `positions` (in the epoch's order), `index` (in the set): int64 (B,); `n_global`: pictures in
+    the whole batch, over all processes.
     """
 
     images: torch.Tensor

@@ -51,7 +51,8 @@ fingerprints (see `near`)."""
 class ImageSet:
     """Labelled pictures of one size. `cached` says whether they come from the shared buffer.
 
-    `classes`: names; `labels`: int64 (N,); `keys`: N names; `buffer`: uint8 (M, H', W', 3), M >= N,
+    `classes`: names; `labels`: int64 (N,), or float32 (N, K), 0 or 1, where a picture
+    may have several; `keys`: N names; `buffer`: uint8 (M, H', W', 3), M >= N,
     shared by every subset, or None when pictures are decoded on demand.
     """
 

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,7 @@ from PIL import Image
 from crosspatch.data.archives import ARCHIVES, is_archive, open_archive
 from crosspatch.data.decode import UnreadableImage, decode, picture_size
 from crosspatch.data.groups import FOLDER, assign_groups
+from crosspatch.data.labels import SEPARATOR, Label, label_remarks, merge_repeated, numbers
 from crosspatch.data.layout import MEANING, Layout, NoClasses, lay_out
 from crosspatch.data.shelf import TABLES, read_table, tables_in
 from crosspatch.data.skipped import Skipped
@@ -39,12 +41,13 @@ DIGITS = "digits"
 
 @dataclass(frozen=True)
 class Item:
-    """One picture. `key`: posix path below the root, unique; `label`: index into the classes;
-    `split`: "train", "val" or "test" where the data say so, else None; `group`: pictures of one
-    group stay in one split (None: in a group of its own)."""
+    """One picture. `key`: posix path below the root, unique; `label`: index into the classes, or of
+    a source with several labels to a picture a tuple of them, ascending and maybe empty; `split`:
+    "train", "val" or "test" where the data say so, else None; `group`: pictures of one group stay
+    in one split (None: in a group of its own)."""
 
     key: str
-    label: int
+    label: Label
     split: str | None
     group: str | None = None
 
@@ -54,7 +57,8 @@ class Source(ABC):
 
     `name`: short, for run folders. `classes`: sorted names. `items`: ordered by key. `skipped`:
     files that are left out by their name or place (unreadable pictures are found by `prepare`).
-    `remarks`: sentences on how the data were understood. A source holds no open file: it may be
+    `remarks`: sentences on how the data were understood. `multi`: whether a picture may have
+    several labels, or none. A source holds no open file: it may be
     pickled and used from forked workers.
     """
 
@@ -63,14 +67,35 @@ class Source(ABC):
     items: tuple[Item, ...]
     skipped: list[Skipped]
     remarks: tuple[str, ...] = ()
+    multi: bool = False
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 (N,): the label of every item."""
+        """int64 (N,): the label of every item, or `presence` where it may have several."""
+        if self.multi:
+            return self.presence
         return np.fromiter((item.label for item in self.items), np.int64, len(self.items))
+
+    @property
+    def presence(self) -> np.ndarray:
+        """float32 (N, K): 1 where an item has a class, else 0."""
+        pairs = [(row, at) for row, item in enumerate(self.items) for at in numbers(item.label)]
+        table = np.zeros((len(self.items), len(self.classes)), np.float32)
+        table[tuple(np.array(pairs, np.int64).reshape(-1, 2).T)] = 1
+        return table
+
+    def counts(self, chosen: np.ndarray) -> np.ndarray:
+        """int64 (K,): how many of the chosen items (indices) have each class."""
+        if self.multi:
+            return self.presence[chosen].sum(axis=0).astype(np.int64)
+        return np.bincount(self.labels[chosen], minlength=len(self.classes))
+
+    def named(self, label: Label) -> str:
+        """The name of a label; several are joined by `|`."""
+        return SEPARATOR.join(self.classes[number] for number in numbers(label))
 
     @abstractmethod
     def read(self, index: int) -> bytes | np.ndarray:
@@ -117,7 +142,7 @@ class TreeSource(Source):
     """A source whose pictures are the files of a tree (folder, zip, tar, those of a table)."""
 
     def __init__(self, name: str, tree: Tree, layout: Layout) -> None:
-        self.name, self.classes = name, layout.classes
+        self.name, self.classes, self.multi = name, layout.classes, layout.multi
         self.items = tuple(Item(one.key, one.label, one.split, one.group) for one in layout.files)
         self.remarks = tuple(layout.remarks)
         self.skipped = sorted([*tree.skipped, *layout.skipped], key=lambda one: one.path)
@@ -163,6 +188,15 @@ class DigitsSource(Source):
         return [int(picture.sum()) for picture in self._pictures]
 
 
+class _How(NamedTuple):
+    """How DATA is to be read: what `open_source` is told."""
+
+    least_classes: int
+    told: dict[str, str | None]
+    group: str | None
+    multi_label: bool
+
+
 def open_source(
     spec: str | Path,
     *,
@@ -171,6 +205,7 @@ def open_source(
     label_column: str | None = None,
     split_column: str | None = None,
     group: str | None = None,
+    multi_label: bool = False,
 ) -> Source:
     """Open DATA: a folder, an archive, a table, or the word "digits" (a folder of that name:
     "./digits").
@@ -178,24 +213,27 @@ def open_source(
     least_classes: training needs two; a trained model may be judged on pictures of one.
     path_column, label_column, split_column: of a table, where their names do not tell ("none": no
     splits). group: "folder", a column of the table, or a regular expression (see `groups`).
+    multi_label: a picture may have several labels: copies of a file in several class folders, and
+    rows of a table that name one file, are one picture (a table may say so by itself).
 
     Raises UsageError for a path that does not exist or is no kind of DATA and for columns or groups
     that it does not have, DataError for data that cannot be trained on: no picture, a single class,
     an empty class, broken archives and tables, wrong splits.
     """
     told = {"path": path_column, "label": label_column, "split": split_column}
+    how = _How(least_classes, told, group, multi_label)
     if spec == DIGITS:
         _require_no_columns(spec, told)
-        return _grouped(DigitsSource(), group)
+        return _grouped(_labelled(DigitsSource(), multi_label), group)
     path = Path(spec)
     try:
         archive = path if path.is_file() else next((p for p in path.parents if p.is_file()), None)
         if archive is not None:
-            return _open_file(path, archive, least_classes, told, group)
+            return _open_file(path, archive, how)
         if not path.exists():
             raise _missing(path)
-        _require_no_columns(spec, told)
-        return _grouped(_open_folder(path, least_classes), group)
+        _require_no_columns(spec, how.told)
+        return _grouped(_open_folder(path, how), group)
     except OSError as problem:
         raise UsageError(
             f"cannot read {path} ({problem.strerror or problem})",
@@ -204,32 +242,42 @@ def open_source(
         ) from problem
 
 
-def _open_file(
-    path: Path, file: Path, least_classes: int, told: dict[str, str | None], group: str | None
-) -> Source:
+def _labelled(source: Source, multi_label: bool) -> Source:
+    """The source with one label to a picture as one of several, where that was asked for."""
+    if multi_label:
+        source.multi = True
+        source.items = tuple(replace(one, label=numbers(one.label)) for one in source.items)
+        labels = [numbers(one.label) for one in source.items]
+        source.remarks = (*label_remarks(labels, "as asked"), *source.remarks)
+    return source
+
+
+def _open_file(path: Path, file: Path, how: _How) -> Source:
     """`path` is the file itself, or leads into it as into a folder."""
     if path == file and path.name.lower().endswith(TABLES):
-        return _open_table(path, least_classes, told, group)
+        return _open_table(path, how)
     _require_archive(file)
     tree = open_archive(file)
-    table = _table_in(tree, path, file, told)
+    table = _table_in(tree, path, file, how.told)
     if table is not None:
-        return _open_table(file / table, least_classes, told, group, (tree, table))
-    _require_no_columns(path, told)
-    layout = lay_out(tree, str(path), least_classes, look_through=True)
+        return _open_table(file / table, how, (tree, table))
+    _require_no_columns(path, how.told)
+    layout = lay_out(tree, str(path), how.least_classes, look_through=True)
+    layout = merge_repeated(tree, layout) if how.multi_label else layout
     layout.remarks += _tables_beside(tables_in(tree), layout, path)
-    return _grouped(TreeSource(_name(path), tree, layout), group)
+    return _grouped(TreeSource(_name(path), tree, layout), how.group)
 
 
-def _open_folder(path: Path, least_classes: int) -> Source:
+def _open_folder(path: Path, how: _How) -> Source:
     tree = FolderTree(path)
     tables = [table for table in tables_in(tree) if "/" not in table]
     try:
-        layout = lay_out(tree, str(path), least_classes)
+        layout = lay_out(tree, str(path), how.least_classes)
     except NoClasses as problem:
         if not tables:
             raise
         raise DataError(problem.got, problem.expected, _give(path, tables)) from problem
+    layout = merge_repeated(tree, layout) if how.multi_label else layout
     layout.remarks += _tables_beside(tables, layout, path)
     return TreeSource(_name(path), tree, layout)
 
@@ -295,19 +343,13 @@ def _require_archive(path: Path) -> None:
         )
 
 
-def _open_table(
-    path: Path,
-    least_classes: int,
-    told: dict[str, str | None],
-    group: str | None,
-    packed: tuple[Tree, str] | None = None,
-) -> Source:
+def _open_table(path: Path, how: _How, packed: tuple[Tree, str] | None = None) -> Source:
     """A column of the table wins over "folder"; a plain word is a column, not an expression."""
+    group = how.group
     word = group is None or (group.replace("_", "").isalnum() and group != FOLDER)
     by_column = word or group in read_table(path, packed)[0]
-    tree, layout = open_table(
-        path, least_classes, {**told, "group": group if by_column else NONE}, packed
-    )
+    told = {**how.told, "group": group if by_column else NONE}
+    tree, layout = open_table(path, how.least_classes, told, packed, how.multi_label)
     source = TreeSource(_name(path), tree, layout)
     return source if by_column else _grouped(source, group)
 
@@ -315,7 +357,8 @@ def _open_table(
 def _grouped(source: Source, group: str | None) -> Source:
     """The source with `--group` carried out."""
     if group is not None and group != NONE:
-        keys, names = zip(*((i.key, source.classes[i.label]) for i in source.items), strict=True)
+        keys = [item.key for item in source.items]
+        names = [source.named(numbers(item.label)[:1]) for item in source.items]
         groups, remarks = assign_groups(keys, names, group)
         source.items = tuple(
             replace(item, group=name) for item, name in zip(source.items, groups, strict=True)

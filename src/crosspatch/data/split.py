@@ -13,7 +13,7 @@ Folders decide where they are given. What is missing is carved out by class, see
 So no picture given as val or test is ever trained on. In a class of few pictures the first goes to
 train, the second to test, the third to val. Pictures of one group, exact copies and near-duplicates
 stay together: the classes then are shared out as well as whole groups allow, the largest group
-first.
+first. Where a picture may have several labels, each picture is placed as such a group is.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def make_split(
     pools = {name: kept[given == name] for name in SPLITS}
     _, val, test = fractions
     _require_whole_groups(source, kept)
-    labels, together = source.labels, units([item.group for item in source.items], twins)
+    labels = _columns(source) if source.multi else source.labels
+    together = units([item.group for item in source.items], twins)
     if len(pools["val"]) and len(pools["test"]):
         parts = pools
     elif len(pools["val"]):
@@ -80,15 +81,30 @@ def make_split(
 
 
 def gaps(source: Source, split: Split) -> list[str]:
-    """A sentence for val and test each, where groups left a class without a picture in it."""
-    said = []
+    """A sentence for val and test each, where groups, or pictures that bring several labels along,
+    left a class without a picture in it."""
+    grouped = any(item.group is not None for item in source.items)
+    said, few = [], "groups" if grouped else "pictures"
     for name in ("val", "test"):
-        there = set(source.labels[getattr(split, name)].tolist())
-        lost = [one for label, one in enumerate(source.classes) if label not in there]
-        if lost and any(item.group is not None for item in source.items):
+        lost = _lacking(source, getattr(split, name))
+        if lost and (grouped or source.multi) and len(getattr(split, name)):
             more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-            said.append(f"{name} got no picture of {', '.join(lost[:5])}{more}: too few groups.")
+            said.append(f"{name} got no picture of {', '.join(lost[:5])}{more}: too few {few}.")
     return said
+
+
+def _lacking(source: Source, part: np.ndarray) -> list[str]:
+    """The classes of which a part (item indices) has no picture."""
+    counts = source.counts(part).tolist()
+    return [name for name, count in zip(source.classes, counts, strict=True) if not count]
+
+
+def _columns(source: Source) -> np.ndarray:
+    """(N, K + 2): what each part is to have its share of. The classes, pictures without any, and
+    pictures."""
+    presence = source.presence
+    empty = ~presence.any(axis=1, keepdims=True)
+    return np.concatenate([presence, empty, np.ones_like(empty)], axis=1).astype(np.float64)
 
 
 def write_split(path: str | Path, source: Source, split: Split) -> None:
@@ -101,7 +117,7 @@ def write_split(path: str | Path, source: Source, split: Split) -> None:
         table.writerow(["path", "class", "split", "size"])
         for index, name in rows:
             item = source.items[index]
-            table.writerow([item.key, source.classes[item.label], name, sizes[index]])
+            table.writerow([item.key, source.named(item.label), name, sizes[index]])
 
 
 def read_split(path: str | Path, source: Source) -> Split:
@@ -116,7 +132,7 @@ def read_split(path: str | Path, source: Source) -> Split:
             index = where.get(row.get("path") or "")
             if index is None:
                 raise _differs(path, f"names {row.get('path')!r}, which the data lacks")
-            name = source.classes[source.items[index].label]
+            name = source.named(source.items[index].label)
             if row.get("class") != name:
                 raise _differs(path, f"says class {row.get('class')!r} of {row['path']}")
             if row.get("split") not in SPLITS:
@@ -162,10 +178,14 @@ def _carve(
 ) -> dict[str, np.ndarray]:
     """Draw `shares` of each class of a pool, in their order; one picture at least stays as "rest".
 
-    together (N,): the unit of every item. Units of several pictures are placed first; the pictures
-    that stand alone then fill up what each class lacks.
+    labels: (N,), or (N, C) what parts have their share of; together (N,): the unit of every item.
+    Units of several pictures are placed first; the pictures that stand alone then fill up what each
+    class lacks. With several labels to a picture all are placed as units.
     """
     names = (*shares, "rest")
+    if labels.ndim == 2:
+        where = _place_units(pool, labels, together, pool, seed, shares)
+        return {name: pool[where == number] for number, name in enumerate(names)}
     _, place, count = np.unique(together[pool], return_inverse=True, return_counts=True)
     grouped, alone = pool[count[place] > 1], pool[count[place] == 1]
     where = _place_units(grouped, labels, together, pool, seed, shares)
@@ -203,17 +223,26 @@ def _place_units(
     _, unit = np.unique(together[grouped], return_inverse=True)
     if not len(grouped):
         return unit
-    classes = int(labels.max()) + 1
+    several = labels.ndim == 2
+    classes = labels.shape[1] if several else int(labels.max()) + 1
     counts = np.zeros((unit.max() + 1, classes))
-    np.add.at(counts, (unit, labels[grouped]), 1)
-    total = np.bincount(labels[pool], minlength=classes)
+    if several:
+        np.add.at(counts, unit, labels[grouped])
+        total = labels[pool].sum(axis=0)
+    else:
+        np.add.at(counts, (unit, labels[grouped]), 1)
+        total = np.bincount(labels[pool], minlength=classes)
     parts = np.array([*shares.values(), 1 - sum(shares.values())])
     drawn = np.random.default_rng([_STREAM, seed, classes]).permutation(len(counts))
-    order = drawn[np.argsort(-counts.sum(1)[drawn], kind="stable")]
+    # with several labels: what is much of a rare class first, as there is little choice for it
+    size = (counts / np.maximum(total, 1)).sum(1) if several else counts.sum(1)
+    order = drawn[np.argsort(-size[drawn], kind="stable")]
     held, where = np.zeros((len(parts), classes)), np.zeros(len(counts), np.int64)
+    # with several labels: relative to what is wanted, so that all columns fill up at one pace
+    scale = np.maximum(total, 1) * (np.maximum(parts, 1e-9)[:, None] if several else 1)
     for one in order:  # to where the squared distance from the wanted counts grows least
         grows = counts[one] * (2 * (held - parts[:, None] * total) + counts[one])
-        cost = np.where(parts > 0, (grows / np.maximum(total, 1)).sum(1), np.inf)
+        cost = np.where(parts > 0, (grows / scale).sum(1), np.inf)
         where[one] = len(parts) - 1 - cost[::-1].argmin()
         held[where[one]] += counts[one]
     single = total - counts.sum(0)
@@ -263,8 +292,7 @@ def _require_whole_groups(source: Source, kept: np.ndarray) -> None:
 
 
 def _require_every_class(source: Source, train: np.ndarray) -> None:
-    present = set(source.labels[train].tolist())
-    lost = [name for label, name in enumerate(source.classes) if label not in present]
+    lost = _lacking(source, train)
     if lost:
         raise DataError(
             f"no readable picture to train on in {', '.join(lost[:5])}",

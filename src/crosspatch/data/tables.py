@@ -5,19 +5,20 @@ Read are .csv and .tsv (separated by comma, semicolon or tab), .jsonl, .json (a 
 .parquet. The columns are found by their names (`GUESSES`) unless they are told. Paths are relative
 to the table's folder and may not leave it; absolute paths are taken as they stand. The table may
 lie in an archive with the pictures: then absolute paths are refused too. A file that is not there
-is skipped and listed; whatever could mean two things is an error that names the lines.
+is skipped and listed; whatever could mean two things is an error that names the lines. Labels such
+as `a|b` and lists make the table one of several labels to a picture.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple, cast
 
+from crosspatch.data.labels import SEPARATOR, holds_several, label_remarks, names_in, word
 from crosspatch.data.layout import MEANING, SPLITS, Layout, Placed, check_classes, class_remarks
 from crosspatch.data.rows import Row
 from crosspatch.data.shelf import ListedTree, PackedShelf, Shelf, read_table
@@ -27,7 +28,7 @@ from crosspatch.errors import DataError, UsageError, near
 
 GUESSES = {
     "path": "path file filename file_name filepath file_path image image_path img img_path picture",
-    "label": "label class class_name classname category target",
+    "label": "label labels class class_name classname category target",
     "split": "split subset partition",
     "group": "group group_id patient patient_id subject subject_id",
 }
@@ -42,7 +43,6 @@ _FLAGS = {
     "split": "--split-column",
     "group": "--group",
 }
-_SEVERAL = re.compile(r"\||^\s*\[.*\]\s*$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,11 @@ class Columns:
 
 
 class Fact(NamedTuple):
-    """What one row says of its picture."""
+    """What one row says of its picture; names: of its classes, a single one unless several are
+    allowed."""
 
     place: str
-    name: str
+    names: tuple[str, ...]
     split: str | None
     group: str | None
 
@@ -69,24 +70,31 @@ def open_table(
     least_classes: int = 2,
     told: dict[str, str | None] | None = None,
     packed: tuple[Tree, str] | None = None,
+    multi_label: bool = False,
 ) -> tuple[ListedTree, Layout]:
     """Read a table and look for its files.
 
     told: column names by `GUESSES`' keys, where they were said; "none": no such column. packed:
-    the archive that the table lies in and its path there; `path` then names it in errors. Raises
-    UsageError for columns that are missing or could be several, DataError for a table that cannot
-    be read, rows that contradict each other, unknown splits, and no file at all.
+    the archive that the table lies in and its path there; `path` then names it in errors.
+    multi_label: rows of one picture may name several classes, and a row none. Raises UsageError
+    for columns that are missing or could be several, DataError for a table that cannot be read,
+    rows that contradict each other, unknown splits, and no file at all.
     """
     names, rows, remarks = read_table(path, packed)
     columns, said = find_columns(path, names, told or {})
+    several = any(holds_several(row.values.get(columns.label)) for row in rows)
     shelf = PackedShelf(*packed) if packed else Shelf(path)
-    facts, found, skipped, repeated = _gather(path, rows, columns, shelf)
+    joined = (multi_label or several, multi_label)
+    facts, found, skipped, repeated = _gather(path, rows, columns, shelf, *joined)
     if not found:
         raise _nothing_found(path, columns, skipped)
     if repeated:
         remarks.append(f"{repeated:,} row(s) of the table say again what another row says.")
     sizes = {key: size for key, (_, size) in sorted(found.items())}
-    layout = _layout(path, facts, sizes, least_classes)
+    layout = _layout(path, facts, sizes, least_classes, multi_label or several)
+    if layout.multi:
+        why = "as asked" if multi_label else f"labels such as a{SEPARATOR}b, or lists"
+        remarks += label_remarks((facts[key].names for key in sizes), why)
     layout.skipped, layout.remarks = skipped, [said, *remarks, *layout.remarks]
     return ListedTree({key: file for key, (file, _) in found.items()}, sizes, shelf), layout
 
@@ -141,22 +149,29 @@ def _column(path: Path, kind: str, names: Sequence[str], told: str | None) -> st
 
 
 def _gather(
-    path: Path, rows: Sequence[Row], columns: Columns, shelf: Shelf
+    path: Path, rows: Sequence[Row], columns: Columns, shelf: Shelf, several: bool, joined: bool
 ) -> tuple[dict[str, Fact], dict[str, tuple[str, int]], list[Skipped], int]:
-    """(what is said of each key, its file and bytes where it is there, the others, repetitions)."""
+    """(what is said of each key, its file and bytes where it is there, the others, repetitions).
+
+    several: whether a row may name several classes, or none; joined: whether rows of one picture
+    name its classes together.
+    """
     facts: dict[str, Fact] = {}
     found: dict[str, tuple[str, int]] = {}
     skipped, repeated = [], 0
     for row in rows:
         told = str(row.values.get(columns.path) or "").strip()
         key, file = _locate(shelf, told)
-        fact = _fact(path, row, columns)
+        fact = _fact(path, row, columns, several)
         if key is None or fact is None:
             reason = file if key is None else "names no class"
             skipped.append(Skipped(shown(told or row.place), f"{row.place}: {reason}"))
         elif key in facts:
-            _require_agreement(path, key, facts[key], fact)
-            repeated += 1
+            names = tuple(sorted({*facts[key].names, *fact.names}))
+            other = fact._replace(names=facts[key].names) if joined else fact
+            _require_agreement(path, key, facts[key], other, several)
+            repeated += names == facts[key].names
+            facts[key] = facts[key]._replace(names=names)
         else:
             facts[key], size = fact, shelf.size(file)
             if isinstance(size, int):
@@ -177,22 +192,16 @@ def _locate(shelf: Shelf, told: str) -> tuple[str | None, str]:
     return shelf.locate(told)
 
 
-def _fact(path: Path, row: Row, columns: Columns) -> Fact | None:
-    """What a row says of its picture, or None for one without a class."""
+def _fact(path: Path, row: Row, columns: Columns, several: bool) -> Fact | None:
+    """What a row says of its picture, or None for one without a class where it must have one."""
     label, split, group = (
         row.values.get(name) if name else None
         for name in (columns.label, columns.split, columns.group)
     )
-    if isinstance(label, list | tuple | dict) or _SEVERAL.search(str(label)):
-        raise DataError(
-            f"{path}: {row.place} gives several labels ({str(label)[:60]})",
-            "Each picture has one class; several labels to a picture are not read yet",
-            "Keep one label a row, or name another column: --label-column NAME",
-        )
-    name = _word(label)
-    if name is None:
+    names = names_in(label, f"{path}: {row.place}")
+    if not names and not several:
         return None
-    split, group = _word(split), _word(group)
+    split, group = word(split), word(group)
     if split is not None and split not in SPLITS:
         meant = MEANING.get(split.lower())
         raise DataError(
@@ -200,29 +209,27 @@ def _fact(path: Path, row: Row, columns: Columns) -> Fact | None:
             f"Splits are called {', '.join(SPLITS)}",
             f"Write {meant} for {split}" if meant else f"Correct it, or {_FLAGS['split']} {NONE}",
         )
-    return Fact(row.place, name, split, group)
+    return Fact(row.place, names, split, group)
 
 
-def _word(value: object) -> str | None:
-    """A value as text without space around it; None for nothing (an empty cell, null, NaN)."""
-    if value is None or (isinstance(value, float) and value != value):
-        return None
-    return str(value).strip() or None
-
-
-def _require_agreement(path: Path, key: str, first: Fact, second: Fact) -> None:
-    for what, one, other in zip(("class", "split", "group"), first[1:], second[1:], strict=True):
+def _require_agreement(path: Path, key: str, first: Fact, second: Fact, several: bool) -> None:
+    kinds = {"classes" if several else "class": 0, "split": 1, "group": 2}
+    said = [(SEPARATOR.join(fact.names), fact.split, fact.group) for fact in (first, second)]
+    for kind, at in kinds.items():
+        one, other = said[0][at], said[1][at]
         if one != other:
-            more = "; several labels to a picture are not read yet" if what == "class" else ""
+            labels = "" if at else ", or take both for labels of the picture: --multi-label"
             raise DataError(
-                f"{path}: {key} has the {what} {one!r} in {first.place} and {other!r} in "
+                f"{path}: {key} has the {kind} {one!r} in {first.place} and {other!r} in "
                 f"{second.place}",
-                f"Each picture has one {what}{more}",
-                "Correct or remove one of the two",
+                f"The rows of a picture say the same {kind}",
+                f"Correct or remove one of the two{labels}",
             )
 
 
-def _layout(path: Path, facts: dict[str, Fact], sizes: dict[str, int], least: int) -> Layout:
+def _layout(
+    path: Path, facts: dict[str, Fact], sizes: dict[str, int], least: int, several: bool
+) -> Layout:
     splits = {fact.split for fact in facts.values()}
     if None in splits and len(splits) > 1:
         where = next(fact.place for fact in facts.values() if fact.split is None)
@@ -239,15 +246,19 @@ def _layout(path: Path, facts: dict[str, Fact], sizes: dict[str, int], least: in
         )
     found: dict[str, Counter[str]] = {split or "": Counter() for split in splits}
     for key, fact in facts.items():
-        found[fact.split or ""][fact.name] += key in sizes
+        for name in fact.names:
+            found[fact.split or ""][name] += key in sizes
+    if several and not all(facts[key].names for key in sizes):
+        least = 1  # being there or not are two answers
     classes = check_classes(found, str(path), least, "class")
     label = {name: number for number, name in enumerate(classes)}
-    files = [
-        Placed(key, key, label[fact.name], fact.split, fact.group)
-        for key, fact in sorted(facts.items())
-        if key in sizes
-    ]
-    return Layout(classes, files, remarks=class_remarks(found))
+    files = []
+    for key, fact in sorted(facts.items()):
+        if key in sizes:
+            numbers = tuple(label[name] for name in fact.names)
+            placed = Placed(key, key, numbers if several else numbers[0], fact.split, fact.group)
+            files.append(placed)
+    return Layout(classes, files, remarks=class_remarks(found), multi=several)
 
 
 def _nothing_found(path: Path, columns: Columns, skipped: list[Skipped]) -> DataError:

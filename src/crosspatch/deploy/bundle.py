@@ -22,7 +22,10 @@ import numpy as np
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.errors import DataError, UsageError
 
-SCHEMA = 1
+SCHEMAS = {"classify": 1, "multilabel": 2}
+"""Of the description, by task: a reader of schema 1 alone would name one class of a picture that
+has several."""
+SCHEMA = max(SCHEMAS.values())
 KEY = "crosspatch"
 """The entry of the model file's metadata that holds the JSON object."""
 INPUT, OUTPUT = "image", "probabilities"
@@ -53,8 +56,10 @@ class BundleInfo:
 
     classes: names in the order of the probabilities; preprocess: how a picture becomes the input;
     temperature: what the logits are divided by, fitted on `calibrated_on` validation pictures (0:
-    not fitted); accuracy: {split, images, accuracy, low, high} of the run, or None; weights: sha256
-    of the run's model.safetensors; check: what torch gave for `check_pictures`, (CHECKS, K).
+    not fitted); accuracy: {split, images, accuracy, low, high} of the run, and of multilabel map,
+    map_low, map_high, or None; weights: sha256 of the run's model.safetensors; check: what torch
+    gave for `check_pictures`, (CHECKS, K); task: out of SCHEMAS; thresholds: (K,) of multilabel, a
+    picture has the classes whose probability is not below theirs, else ().
     """
 
     classes: tuple[str, ...]
@@ -71,12 +76,20 @@ class BundleInfo:
     versions: dict[str, str] = field(default_factory=dict)
     decoding: dict[str, str] = field(default_factory=lambda: dict(DECODING))
     task: str = "classify"
-    schema: int = SCHEMA
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def schema(self) -> int:
+        """What a reader has to know at least."""
+        return SCHEMAS[self.task]
 
     def to_json(self) -> str:
         """One JSON object; the inverse of `from_json`."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return json.dumps(plain | {"preprocess": self.preprocess.to_dict()}, allow_nan=False)
+        if not self.thresholds:
+            del plain["thresholds"]  # readers of schema 1 know no such thing
+        plain |= {"preprocess": self.preprocess.to_dict(), "schema": self.schema}
+        return json.dumps(plain, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, name: str = "the bundle") -> BundleInfo:
@@ -118,10 +131,19 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"temperature {temperature}")
     if any(len(row) != len(classes) for row in check):
         raise ValueError("check rows have another length than classes")
+    schema, task = given.pop("schema"), given.get("task", "classify")
+    thresholds = tuple(float(one) for one in given.get("thresholds", ()))
+    if task not in SCHEMAS or SCHEMAS[task] > schema:
+        raise ValueError(f"task {task!r} in schema {schema}")
+    if len(thresholds) != (len(classes) if task == "multilabel" else 0):
+        raise ValueError(f"{len(thresholds)} thresholds for the task {task}")
+    if not all(0 <= one <= 1 for one in thresholds):
+        raise ValueError("thresholds are between 0 and 1")
     preprocess = Preprocess.from_dict(given["preprocess"])
     if max(preprocess.store) > LARGEST:
         raise ValueError(f"pictures of {preprocess.store} pixels")
     made = {"classes": classes, "check": check, "temperature": temperature}
+    made["thresholds"] = thresholds
     return given | made | {"preprocess": preprocess}
 
 

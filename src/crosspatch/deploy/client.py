@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names the class of pictures with a crosspatch bundle. Needs numpy, onnxruntime and Pillow only.
+"""Names the classes of pictures with a crosspatch bundle. Needs numpy, onnxruntime and Pillow only.
 
     python client.py bundle.onnx cat.jpg dog.png
 
 or, in a program: `Client("bundle.onnx").predict("cat.jpg")` gives (class, probability) pairs, most
-probable first. How a picture becomes pixels decides the answer as much as the network does, so it
-is done here as in training, step by step; the bundle's metadata hold the numbers. Copy it freely.
+probable first; `.labels("cat.jpg")` those that the picture has: one, or of a bundle with several
+labels to a picture any number. How a picture becomes pixels decides the answer as much as the
+network does, so it is done here as in training, step by step; the bundle's metadata hold the
+numbers. Copy it freely.
 """
 
 import json
@@ -24,14 +26,23 @@ UPRIGHT = dict(enumerate([
 
 
 class Client:
-    """A bundle in ONNX Runtime. classes: names in the order of the probabilities."""
+    """A bundle in ONNX Runtime. classes: names in the order of the probabilities; thresholds: of
+    each class, where a picture may have several, else empty."""
 
     def __init__(self, bundle):
         self.session = onnxruntime.InferenceSession(bundle, providers=["CPUExecutionProvider"])
         info = json.loads(self.session.get_modelmeta().custom_metadata_map["crosspatch"])
-        if info["schema"] > 1:
-            raise ValueError(f"this client reads schema 1, the bundle has {info['schema']}")
+        if info["schema"] > 2:
+            raise ValueError(f"this client reads schema 1 and 2, the bundle has {info['schema']}")
         self.classes, self.how = info["classes"], info["preprocess"]
+        self.thresholds = dict(zip(self.classes, info.get("thresholds", ()), strict=False))
+
+    def labels(self, picture):
+        """A path or an open file -> [(class, probability), ...] of the classes that it has."""
+        ranked = self.predict(picture, top=len(self.classes))
+        if not self.thresholds:
+            return ranked[:1]
+        return [(name, p) for name, p in ranked if p >= self.thresholds[name]]
 
     def predict(self, picture, top=5):
         """A path or an open file -> [(class, probability), ...], most probable first."""
@@ -104,5 +115,5 @@ def eight_bits(pixels):
 if __name__ == "__main__":
     client = Client(sys.argv[1])
     for name in sys.argv[2:]:
-        best, probability = client.predict(name)[0]
-        print(f"{name}: {best} {probability:.4f}")
+        said = ", ".join(f"{label} {p:.4f}" for label, p in client.labels(name))
+        print(f"{name}: {said or 'none'}")

@@ -142,7 +142,7 @@ def bundle_info(
     """What a bundle of `trained` says of itself, with torch's answers to the check pictures.
 
     architecture: the name of the model; weights: sha256 of its file, "" where there is none;
-    accuracy: {split, images, accuracy, low, high}.
+    accuracy: as in `BundleInfo`.
     """
     module, preprocess = trained.module, trained.preprocess
     info = BundleInfo(
@@ -155,6 +155,8 @@ def bundle_info(
         temperature=trained.temperature,
         calibrated_on=trained.calibrated_on,
         accuracy=accuracy,
+        task=trained.task,
+        thresholds=trained.thresholds,
         versions=_versions(),
     )
     answers = _answers(_shipped(module, info), check_pictures(preprocess.size))
@@ -206,7 +208,8 @@ def _accuracy(report: Path) -> tuple[dict[str, Any] | None, list[str]]:
         found = json.loads(report.read_text(encoding="utf-8"))
         for name in ("test", "val"):
             if found[name] and found[name]["accuracy"] is not None:
-                keys = ("images", "accuracy", "low", "high")
+                keys = ["images", "accuracy", "low", "high"]
+                keys += [key for key in ("map", "map_low", "map_high") if key in found[name]]
                 return {"split": name, **{key: found[name][key] for key in keys}}, []
     except (OSError, ValueError, KeyError, TypeError):
         return None, [f"{report} is damaged, {missing}"]
@@ -220,7 +223,7 @@ def _versions() -> dict[str, str]:
 
 
 def _shipped(module: nn.Module, info: BundleInfo) -> Shipped:
-    return Shipped(module.eval(), info.preprocess, info.temperature).eval()
+    return Shipped(module.eval(), info.preprocess, info.temperature, info.task).eval()
 
 
 @torch.inference_mode()

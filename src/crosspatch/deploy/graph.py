@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network with everything around it as one graph: uint8 pixels in, probabilities out.
 
-`Shipped` is what is exported: normalisation, network, temperature and softmax. `to_onnx` writes it
-with torch's own exporter and cleans the result: every product by the weight of a Linear is named
-after the module it comes from, and nothing tells of the machine that wrote the file.
+`Shipped` is what is exported: normalisation, network, temperature and softmax or sigmoid. `to_onnx`
+writes it with torch's own exporter and cleans the result: every product by the weight of a Linear
+is named after the module it comes from, and nothing tells of the machine that wrote the file.
 """
 
 from __future__ import annotations
@@ -22,26 +22,35 @@ from torch import Tensor, nn
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.deploy.bundle import INPUT, OUTPUT, needed
 from crosspatch.deploy.quantise import HEAD, LINEAR, PRODUCTS
+from crosspatch.tasks import activate
 
 OPSET = 18
 GREATEST_BATCH = 1 << 16
 
 
 class Shipped(nn.Module):
-    """A network as it is shipped: (B, H, W, 3) uint8 -> (B, K) float32, rows that add up to 1.
+    """A network as it is shipped: (B, H, W, 3) uint8 -> probabilities (B, K) float32.
 
     module: normalised (B, 3, H, W) -> logits (B, K). Normalises as `data.augment.normalise` does,
-    divides the logits by `temperature`, and takes the softmax. H and W are `preprocess.size`.
+    divides the logits by `temperature`, and takes the softmax, or the sigmoids where `task` is
+    multilabel. H and W are `preprocess.size`.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, module: nn.Module, preprocess: Preprocess, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        preprocess: Preprocess,
+        temperature: float = 1.0,
+        task: str = "classify",
+    ) -> None:
         super().__init__()
         self.module = module
         self.size = preprocess.size
         self.temperature = temperature
+        self.task = task
         for name in ("mean", "std"):
             values = 255 * torch.tensor(getattr(preprocess, name))[:, None, None]
             self.register_buffer(name, values, persistent=False)
@@ -49,7 +58,7 @@ class Shipped(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         pictures = image.permute(0, 3, 1, 2).float()
         logits = self.module((pictures - self.mean) / self.std)
-        return (logits.float() / self.temperature).softmax(dim=-1)
+        return activate(logits.float() / self.temperature, self.task)
 
 
 def trace(shipped: Shipped) -> torch.export.ExportedProgram:

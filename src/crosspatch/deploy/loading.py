@@ -56,7 +56,8 @@ def load(
             f"device {device!r} for {path}", "a bundle runs on the processor", "leave device out"
         )
     opened = open_bundle(bundle, engine, threads, batch)
-    return Predictor(opened, bundle.info.classes, bundle.info.preprocess, bundle.info)
+    info = bundle.info
+    return Predictor(opened, info.classes, info.preprocess, info, thresholds=info.thresholds)
 
 
 def open_bundle(
@@ -108,4 +109,4 @@ def _load_run(run: Path, engine: str, threads: int | None, device: str | None) -
 
     trained = load_model(run)
     runner = TorchEngine(trained, threads, device=device)
-    return Predictor(runner, trained.classes, trained.preprocess)
+    return Predictor(runner, trained.classes, trained.preprocess, thresholds=trained.thresholds)

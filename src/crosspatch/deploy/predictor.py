@@ -42,30 +42,60 @@ class Failure(NamedTuple):
 
 class Predictions(NamedTuple):
     """What was answered. classes: K names; ok: (M,) places of the pictures that were read; probs:
-    (M, K) float32, one row per place in `ok`; failures: the rest."""
+    (M, K) float32, one row per place in `ok`; failures: the rest; thresholds: (K,) of a model that
+    gives several labels to a picture, () of one that names a single class."""
 
     classes: tuple[str, ...]
     ok: np.ndarray
     probs: np.ndarray
     failures: list[Failure]
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def said(self) -> np.ndarray:
+        """bool (M, K): the classes that each picture in `ok` is said to have: those whose
+        probability is not below their threshold, or without thresholds the most probable one."""
+        return decide(self.probs, self.thresholds)
+
+    @property
+    def labels(self) -> list[list[tuple[str, float]] | None]:
+        """For every given picture the classes that it is said to have, most probable first, as
+        (class, probability): one, or with thresholds any number. None where it was not read."""
+        return self._pairs([np.flatnonzero(row) for row in self.said])
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]] | None]:
         """For every given picture its `k` most probable classes, best first, as (class,
         probability); None for one that could not be read. Raises UsageError for k below 1."""
         if k < 1:
             raise UsageError(f"top({k})", "one class or more", "top(1)")
+        return self._pairs([np.arange(len(self.classes))] * len(self.ok), k)
+
+    def _pairs(
+        self, chosen: Sequence[np.ndarray], most: int | None = None
+    ) -> list[list[tuple[str, float]] | None]:
+        """(class, probability) of the chosen classes of every picture in `ok`, best first."""
         found: list[list[tuple[str, float]] | None] = [None] * (len(self.ok) + len(self.failures))
-        for place, row in zip(self.ok.tolist(), self.probs, strict=True):
-            best = (-row).argsort(kind="stable")[:k]
+        for place, row, some in zip(self.ok.tolist(), self.probs, chosen, strict=True):
+            best = some[(-row[some]).argsort(kind="stable")][:most]
             found[place] = [(self.classes[i], float(row[i])) for i in best]
         return found
+
+
+def decide(probs: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """bool (M, K): which classes probabilities (M, K) say; see `Predictions.said`."""
+    if len(thresholds):
+        return probs >= np.asarray(thresholds)
+    said = np.zeros(probs.shape, bool)
+    said[np.arange(len(probs)), probs.argmax(axis=1)] = True
+    return said
 
 
 class Predictor:
     """An engine with the class names and the preprocessing that belong to it.
 
     classes: K names in the order of the engine's probabilities; preprocess: how a picture becomes
-    the engine's input; info: what the bundle says of itself, None for the model of a run.
+    the engine's input; info: what the bundle says of itself, None for the model of a run;
+    thresholds: as in `Predictions`.
     """
 
     def __init__(
@@ -74,11 +104,18 @@ class Predictor:
         classes: Sequence[str],
         preprocess: Preprocess,
         info: BundleInfo | None = None,
+        thresholds: Sequence[float] = (),
     ) -> None:
         self.engine = engine
         self.classes = tuple(classes)
         self.preprocess = preprocess
         self.info = info
+        self.thresholds = tuple(thresholds)
+
+    @property
+    def task(self) -> str:
+        """What the model answers: classify (one class) or multilabel."""
+        return "multilabel" if self.thresholds else "classify"
 
     def predict(
         self,
@@ -110,7 +147,8 @@ class Predictor:
                 probs.append(self.forward(np.stack([pixels for _, pixels in good])))
             if progress is not None:
                 progress(start + len(loaded), len(given))
-        return Predictions(self.classes, np.asarray(ok, np.int64), np.concatenate(probs), failures)
+        places, found = np.asarray(ok, np.int64), np.concatenate(probs)
+        return Predictions(self.classes, places, found, failures, self.thresholds)
 
     def pixels(self, picture: Picture) -> np.ndarray:
         """One picture as the engine's input: uint8 (H, W, 3) of the model's size.

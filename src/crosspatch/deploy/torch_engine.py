@@ -13,6 +13,7 @@ import torch
 from crosspatch.data.augment import normalise
 from crosspatch.deploy.engines import Setting
 from crosspatch.errors import UsageError
+from crosspatch.tasks import activate
 from crosspatch.training.package import Trained
 
 
@@ -40,7 +41,7 @@ class TorchEngine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.setting = Setting("torch", precision, torch.get_num_threads())
         self._model = trained.module.eval().to(self.device)
-        self._temperature = trained.temperature
+        self._temperature, self._task = trained.temperature, trained.task
         # the pictures that come have the model's size already: nothing is cut off them
         self._preprocess = replace(trained.preprocess, store=trained.preprocess.size)
 
@@ -52,7 +53,7 @@ class TorchEngine:
         half = self.setting.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             logits = self._model(inputs)
-        return (logits.float() / self._temperature).softmax(dim=-1).cpu().numpy()
+        return activate(logits.float() / self._temperature, self._task).cpu().numpy()
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 
 Every engine that this machine has answers the same pixels as the reference: the model of a run in
 torch, fp32, on the processor. What is asked of them: in fp32 no probability may differ by more than
-TOLERANCE, and no picture may get another class unless the reference itself was undecided; int8 must
-give the same class to AGREEMENT of the pictures; bf16, which nobody gets unasked, is reported and
-not judged. Without a run there are the answers of torch to two check pictures, which every bundle
-carries, and the engines are compared with the first of them. This module imports torch only where a
-run is at hand.
+TOLERANCE, and no picture may get another class (of several labels: another set of them) unless the
+reference itself was undecided; int8 must give the same to AGREEMENT of the pictures; bf16, which
+nobody gets unasked, is reported and not judged. Without a run there are the answers of torch to two
+check pictures, which every bundle carries, and the engines are compared with the first of them.
+This module imports torch only where a run is at hand.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from crosspatch.data.labels import SEPARATOR
 from crosspatch.deploy.bundle import Bundle, check_pictures
 from crosspatch.deploy.engines import Engine, Setting, available, open_engine
 from crosspatch.deploy.loading import MANY, weights_hash
-from crosspatch.deploy.predictor import Failure, Picture, Predictor
+from crosspatch.deploy.predictor import Failure, Picture, Predictor, decide
 from crosspatch.errors import CrosspatchError, DataError, UsageError
 from crosspatch.metrics.latency import Timing, alternate, ratio
 from crosspatch.processor import usable_cores
@@ -38,8 +39,9 @@ that wait for each other measure the other things."""
 
 
 class Comparison(NamedTuple):
-    """agreed: pictures with the same class; difference: largest of a probability, 0 for none;
-    changed: places of pictures with another class although the reference was decided."""
+    """agreed: pictures with the same class, or the same labels; difference: largest of a
+    probability, 0 for none; changed: places of pictures with others although the reference was
+    decided."""
 
     agreed: int
     difference: float
@@ -128,14 +130,22 @@ def verify(
     )
 
 
-def compare(reference: np.ndarray, found: np.ndarray) -> Comparison:
-    """Two sets of probabilities (M, K) of the same pictures."""
+def compare(
+    reference: np.ndarray, found: np.ndarray, thresholds: Sequence[float] = ()
+) -> Comparison:
+    """Two sets of probabilities (M, K) of the same pictures; thresholds: (K,) of several labels to
+    a picture, else ()."""
     if not len(reference):
         return Comparison(0, 0.0, [])
-    same = reference.argmax(axis=1) == found.argmax(axis=1)
-    best = np.sort(reference, axis=1)
-    margin = best[:, -1] - best[:, -2] if best.shape[1] > 1 else np.ones(len(best))
-    changed = np.flatnonzero(~same & (margin >= 2 * TOLERANCE))
+    other = decide(reference, thresholds) != decide(found, thresholds)
+    if len(thresholds):  # decided where a label that changed was not near its threshold
+        clear = (other & (np.abs(reference - np.asarray(thresholds)) >= TOLERANCE)).any(axis=1)
+    else:
+        best = np.sort(reference, axis=1)
+        margin = best[:, -1] - best[:, -2] if best.shape[1] > 1 else np.ones(len(best))
+        clear = margin >= 2 * TOLERANCE
+    same = ~other.any(axis=1)
+    changed = np.flatnonzero(~same & clear)
     return Comparison(int(same.sum()), float(np.abs(reference - found).max()), changed.tolist())
 
 
@@ -155,11 +165,14 @@ def _reference(bundle: Bundle, run: Path) -> tuple[Engine | None, list[str]]:
     other = [
         what
         for what, differs in (
+            ("kinds of answer", trained.task != info.task),
             ("classes", trained.classes != info.classes),
             ("preprocessing", trained.preprocess != info.preprocess),
         )
         if differs
     ]
+    if trained.thresholds != info.thresholds and not other:
+        problems.append(f"its thresholds are other than those of {run}")
     if other:
         problems.append(f"its {' and '.join(other)} are other than those of {run}")
         return None, problems
@@ -243,32 +256,43 @@ def _judge(
     against = "torch fp32" if by_torch else f"{first.engine} {first.precision}"
     compared = reports[: len(found)] if by_torch else reports[1 : 1 + len(found)]
     for report, mine in zip(compared, found if len(truth) else [], strict=False):
-        result = compare(truth, mine)
+        result = compare(truth, mine, bundle.info.thresholds)
         report.compared_with = against
         report.agreed, report.difference = result.agreed, result.difference
         report.changed = [
             {
                 "picture": names[place],
-                "reference": bundle.info.classes[truth[place].argmax()],
-                "engine": bundle.info.classes[mine[place].argmax()],
+                "reference": _named(bundle, truth[place]),
+                "engine": _named(bundle, mine[place]),
             }
             for place in result.changed
         ]
-        report.problems += _findings(report, len(truth))
+        report.problems += _findings(report, len(truth), meant(bundle))
 
 
-def _findings(report: EngineReport, pictures: int) -> list[str]:
+def meant(bundle: Bundle) -> str:
+    """What a picture gets from a bundle, in words: the class, or the labels."""
+    return "labels" if bundle.info.thresholds else "class"
+
+
+def _named(bundle: Bundle, probs: np.ndarray) -> str:
+    """What probabilities (K,) say."""
+    said = decide(probs[None], bundle.info.thresholds)[0]
+    return SEPARATOR.join(bundle.info.classes[k] for k in np.flatnonzero(said)) or "none"
+
+
+def _findings(report: EngineReport, pictures: int, what: str = "class") -> list[str]:
     if report.agreed is None or report.difference is None:
         return []
-    found = []
+    found, other = [], "another class" if what == "class" else f"other {what}"
     if report.precision == "int8" and report.agreed < AGREEMENT * pictures:
         found.append(
-            f"only {report.agreed:,} of {pictures:,} pictures get the class that "
+            f"only {report.agreed:,} of {pictures:,} pictures get the {what} that "
             f"{report.compared_with} gives, {AGREEMENT:.0%} are asked for"
         )
     if report.precision == "fp32" and report.changed:
         found.append(
-            f"{len(report.changed):,} of {pictures:,} pictures get another class than "
+            f"{len(report.changed):,} of {pictures:,} pictures get {other} than "
             f"{report.compared_with} gives"
         )
     if report.precision == "fp32" and report.difference > TOLERANCE:
@@ -322,6 +346,7 @@ def summary(report: Report) -> dict[str, Any]:
         "sha256": bundle.hash,
         "weights": info.weights,
         "architecture": info.architecture,
+        "task": info.task,
         "classes": list(info.classes),
         "run": str(report.run) if report.run is not None else None,
         "same_weights": report.same_weights,

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 class Inputs(NamedTuple):
     """One training batch as an objective sees it.
 
-    images: (B, 3, H, W) float, normalised and augmented; labels: (B,) int64; draw: (seed, step,
-    rank), from which every random draw of the step is made; scale: what a sum over the batch is
-    multiplied with (world / n_global, so that the mean over ranks equals one process).
+    images: (B, 3, H, W) float, normalised and augmented; labels: (B,) int64, or (B, K) float32, 0
+    or 1, where a picture may have several; draw: (seed, step, rank), from which every random draw
+    of the step is made; scale: what a sum over the batch is multiplied with (world / n_global, so
+    that the mean over ranks equals one process).
     """
 
     images: Tensor

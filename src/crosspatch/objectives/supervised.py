@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning from labels: soft cross-entropy with label smoothing and batch mixing."""
+"""Learning from labels: the task's loss with label smoothing, batch mixing and class weights."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import nn
 from crosspatch.mixing import OneOf, draws
 from crosspatch.objectives import Inputs
 from crosspatch.tasks.classify import Classify
+from crosspatch.tasks.multilabel import MultiLabel
 
 
 class Supervised(nn.Module):
     """Trains `model` on labels.
 
     model: (B, 3, H, W) -> logits (B, K), timm's contract; task: targets and loss; smoothing: label
-    smoothing in [0, 1); mixer: picks the batch mixing of a step, or None; weights: what the loss of
-    a picture of each class is multiplied with (K,), or nothing.
+    smoothing in [0, 1); mixer: picks the batch mixing of a step, or None; weights: how often a
+    label of each class counts (K,), or nothing.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        task: Classify,
+        task: Classify | MultiLabel,
         *,
         smoothing: float = 0.0,
         mixer: OneOf | None = None,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crosspatch.metrics import classification as numbers
+from crosspatch.metrics.calibration import apply_temperature, fit_temperature
 from crosspatch.metrics.interval import wilson
 from crosspatch.mixing import Mixing
 
@@ -31,6 +32,9 @@ class Classify:
     """The task of naming the one class of a picture. classes: names in label order."""
 
     name = "classify"
+    merit = "val_accuracy"
+    columns = PREDICTION_COLUMNS
+    thresholds: tuple[float, ...] = ()
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
@@ -64,6 +68,35 @@ class Classify:
     def probabilities(self, logits: Tensor) -> Tensor:
         """logits (B, K) -> probabilities (B, K) float32."""
         return F.softmax(logits.float(), dim=-1)
+
+    def fit_temperature(self, probs: np.ndarray, labels: np.ndarray) -> float:
+        """What logits are to be divided by."""
+        return fit_temperature(probs, labels)
+
+    def calibrated(self, probs: np.ndarray, temperature: float) -> np.ndarray:
+        """Probabilities at temperature 1 as they are at `temperature`."""
+        return apply_temperature(probs, temperature)
+
+    def likelihood(self, probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """nll (nats per picture) and ece of some pictures, at least one."""
+        return {"nll": numbers.nll(probs, labels), "ece": numbers.ece(probs, labels)}
+
+    def with_thresholds(self, probs: np.ndarray, labels: np.ndarray) -> Classify:
+        """Itself: the most probable class needs no threshold."""
+        del probs, labels
+        return self
+
+    def brief(self, probs: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> dict[str, Any]:
+        """The figures of a validation during training, as in metrics.csv."""
+        probs, labels = np.asarray(probs), np.asarray(labels)
+        low, high = numbers.accuracy_interval(probs, labels)
+        return {
+            "val_loss": _plain(numbers.nll(probs, labels)),
+            "val_accuracy": _plain(numbers.accuracy(probs, labels)),
+            "val_low": low,
+            "val_high": high,
+            "val_map": None,
+        }
 
     def metrics(self, probs: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> dict[str, Any]:
         """Every figure of one split, ready for JSON.
@@ -108,7 +141,7 @@ class Classify:
         return rows
 
     def predictions(
-        self, keys: Sequence[str], labels: Sequence[int], probs: np.ndarray, split: str
+        self, keys: Sequence[str], labels: np.ndarray | Sequence[int], probs: np.ndarray, split: str
     ) -> Iterator[dict[str, Any]]:
         """One row of `PREDICTION_COLUMNS` per picture; keys are paths relative to the data."""
         for key, label, row in zip(keys, labels, np.asarray(probs), strict=True):

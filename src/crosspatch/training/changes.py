@@ -128,7 +128,7 @@ def changed_pictures(run: Path, source: Source) -> list[str]:
     came, went and changed, with the first names of each."""
     known, left_out = _rows(run / "split.csv"), {row["path"] for row in _rows(run / "skipped.csv")}
     sizes = dict(zip((item.key for item in source.items), source.sizes(), strict=True))
-    classes = {item.key: source.classes[item.label] for item in source.items}
+    classes = {item.key: source.named(item.label) for item in source.items}
     there = {row["path"] for row in known}
     unread = {one.path for one in source.skipped}
     parts = {

@@ -29,6 +29,11 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=AUTOCAST[precision])
 
 
+def softmax(logits: torch.Tensor) -> torch.Tensor:
+    """logits (B, K) -> probabilities (B, K) float32 of one class to a picture."""
+    return torch.softmax(logits.float(), dim=-1)
+
+
 @torch.inference_mode()
 def predict_probabilities(
     model: nn.Module,
@@ -38,15 +43,17 @@ def predict_probabilities(
     device: torch.device | str | None = None,
     precision: str = "fp32",
     workers: int = 0,
+    probabilities: Callable[[torch.Tensor], torch.Tensor] = softmax,
     progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
     shared: bool = False,
 ) -> torch.Tensor:
-    """Probabilities (N, K) float32 on the CPU, in the order of `images`.
+    """Probabilities (N, K) on the CPU, in the order of `images`.
 
-    The model is put into eval mode and back. `stop` is asked between batches; when it answers true,
-    `Stopped` is raised. shared: the processes of the team have each a part of the pictures, and all
-    get all of the answer. Raises ValueError when `images` is empty.
+    probabilities: logits (B, K) -> those, as the task makes them. The model is put into eval mode
+    and back. `stop` is asked between batches; when it answers true, `Stopped` is raised. shared:
+    the processes of the team have each a part of the pictures, and all get all of the answer.
+    Raises ValueError when `images` is empty.
     """
     if len(images) == 0:
         raise ValueError("there is no picture to evaluate")
@@ -65,7 +72,7 @@ def predict_probabilities(
                 pixels = normalise(part.images.to(where, non_blocking=True), images.preprocess)
                 with autocast(where, precision):
                     logits = model(pixels)
-                found.append(torch.softmax(logits.float(), dim=-1))
+                found.append(probabilities(logits))
             if progress is not None:
                 progress(min(start + width, len(images)), len(images))
     finally:

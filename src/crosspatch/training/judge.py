@@ -7,15 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from crosspatch.data.split import SPLITS, Split
-from crosspatch.metrics.calibration import apply_temperature, fit_temperature
-from crosspatch.metrics.classification import ece, nll
 from crosspatch.metrics.macs import count_macs
-from crosspatch.tasks.classify import PREDICTION_COLUMNS, Classify
+from crosspatch.tasks import make_task
 from crosspatch.training import team
 from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.loop import Outcome
-from crosspatch.training.package import build_model, load_model, save_temperature
+from crosspatch.training.package import build_model, load_model, save_calibration
 from crosspatch.training.pictures import Pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter
@@ -37,6 +37,7 @@ def finish(
         "run": str(run.path),
         "out": str(run.path),
         "data": config["run"]["data"],
+        "task": recipe.task,
         "model": recipe.model,
         **weight(model, recipe),
         "size": list(recipe.size),
@@ -54,7 +55,7 @@ def finish(
     }
     if not team.first():
         return summary
-    run.write_predictions(PREDICTION_COLUMNS, rows)
+    run.write_predictions(make_task(recipe.task, ()).columns, rows)
     run.write_report({"schema": 1, **summary, "history": outcome.rows, "config": config})
     return {**summary, "files": _files(run.path)}
 
@@ -71,8 +72,8 @@ def _judge(
     run: RunFolder, model: Any, recipe: Recipe, pictures: Pictures, reporter: Reporter
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures of val and test, and a row per picture. Validation, where there is any, sets the
-    temperature of all probabilities."""
-    task, temperature = Classify(pictures.source.classes), 1.0
+    temperature of all probabilities, and after it the thresholds of a task that has some."""
+    task, temperature = make_task(recipe.task, pictures.source.classes), 1.0
     figures: dict[str, Any] = {"calibration": {"temperature": 1.0, "images": 0}}
     rows: list[dict[str, Any]] = []
     for name, doing in (("val", "validating"), ("test", "testing")):
@@ -86,20 +87,37 @@ def _judge(
             recipe.eval_batch,
             precision=recipe.precision,
             workers=recipe.workers,
+            probabilities=task.probabilities,
             progress=partial(reporter.progress, doing),
             shared=True,
         ).numpy()
         labels = images.labels.numpy()
         if name == "val":
-            temperature = fit_temperature(raw, labels)
+            temperature = task.fit_temperature(raw, labels)
+            task = task.with_thresholds(task.calibrated(raw, temperature), labels)
             if team.first():
-                save_temperature(run.model, temperature, len(images))
+                save_calibration(run.model, temperature, len(images), task.thresholds)
             figures["calibration"] = {"temperature": temperature, "images": len(images)}
-        probs = apply_temperature(raw, temperature)
+            if task.thresholds:
+                figures["calibration"] |= _thresholds(task, labels, reporter)
+        probs = task.calibrated(raw, temperature)
         figures[name] = task.metrics(probs, labels)
-        figures[name]["uncalibrated"] = {"nll": nll(raw, labels), "ece": ece(raw, labels)}
-        rows.extend(task.predictions(images.keys, labels.tolist(), probs, name))
+        figures[name]["uncalibrated"] = task.likelihood(raw, labels)
+        rows.extend(task.predictions(images.keys, labels, probs, name))
     return figures, rows
+
+
+def _thresholds(task: Any, labels: np.ndarray, reporter: Reporter) -> dict[str, Any]:
+    """For the report: the threshold of each class, and those that no picture could set."""
+    unset = [name for name, count in zip(task.classes, labels.sum(0), strict=True) if not count]
+    if unset:
+        more = f" and {len(unset) - 5} more" if len(unset) > 5 else ""
+        reporter.message(
+            f"Validation has no picture of {', '.join(unset[:5])}{more}: the threshold stays 0.5."
+        )
+    return {
+        "thresholds": dict(zip(task.classes, task.thresholds, strict=True)), "unset": unset
+    }  # fmt: skip
 
 
 def _files(folder: Path) -> dict[str, int]:

@@ -48,6 +48,14 @@ from crosspatch.training.writer import StateWriter
 SAVE_SECONDS = 15.0
 SAVE_LONG_SECONDS = 60.0
 REPORT_SECONDS = 0.25
+UNVALIDATED: dict[str, Any] = dict.fromkeys(
+    ("val_loss", "val_accuracy", "val_low", "val_high", "val_map")
+)
+
+
+def merit(row: dict[str, Any], column: str) -> tuple[float, float]:
+    """What rows of metrics.csv are compared by: a figure (none is the least), then the loss."""
+    return -1.0 if row[column] is None else row[column], -row["val_loss"]
 
 
 @dataclass(frozen=True)
@@ -163,8 +171,8 @@ class _Fit:
         )
 
     def best(self) -> dict[str, Any]:
-        """The best row: highest validation accuracy, then lowest loss, then the earliest."""
-        return max(self.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+        """The best row: highest by the task's merit, then lowest loss, then the earliest."""
+        return max(self.rows, key=lambda row: merit(row, self.task.merit))
 
     def _train_epoch(self) -> None:
         r = self.recipe
@@ -257,6 +265,7 @@ class _Fit:
                 device=self.stepper.device,
                 precision=r.precision,
                 workers=r.workers,
+                probabilities=self.task.probabilities,
                 stop=lambda: team.either(self._unwanted())[0],
                 shared=True,
             )
@@ -267,23 +276,20 @@ class _Fit:
             spoilt = len(bad) == len(probs)  # by a step, not by pictures
             what, index = ("weights", self.stepper.watch.last) if spoilt else ("validation", bad)
             raise NotFinite(self.step - 1, what, torch.nan, index)
-        return self.task.metrics(probs, self.val.labels)
+        return self.task.brief(probs, self.val.labels)
 
     def _row(self, speed: float, figures: dict[str, Any] | None) -> dict[str, Any]:
         """A row of metrics.csv; an epoch that was not validated has none, and figures None.
 
         `train_loss` is the mean since the last validation.
         """
-        r, loss, found = self.recipe, self.stepper.mean_loss(self.step), figures or {}
+        r, loss, found = self.recipe, self.stepper.mean_loss(self.step), figures or UNVALIDATED
         return {
             "epoch": -(-self.step // r.steps_per_epoch),
             "epochs": r.epochs,
             "step": self.step,
             "train_loss": loss,
-            "val_loss": found.get("nll"),
-            "val_accuracy": found.get("accuracy"),
-            "val_low": found.get("low"),
-            "val_high": found.get("high"),
+            **found,
             "lr": self.stepper.lr(self.step - 1),
             "images_per_second": round(speed, 1),
             "elapsed": round(self.clock.elapsed(), 1),

@@ -12,7 +12,7 @@ from crosspatch.mixing.cutmix import Cutmix
 from crosspatch.mixing.deit import BatchCutmix, BatchMixup
 from crosspatch.mixing.mixup import Mixup
 from crosspatch.objectives.supervised import Supervised
-from crosspatch.tasks.classify import Classify
+from crosspatch.tasks import make_task
 from crosspatch.training.package import build_model
 from crosspatch.training.recipe import Recipe
 
@@ -39,7 +39,7 @@ def make_objective(
     module = build_model(recipe, len(classes)) if model is None else model
     return Supervised(
         module,
-        Classify(classes),
+        make_task(recipe.task, classes),
         smoothing=recipe.smoothing,
         mixer=make_mixer(recipe),
         weights=recipe.class_weights,

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.errors import DataError
+from crosspatch.tasks import make_task
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.state import flush_folder, write_aside
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SCHEMAS = {"classify": 1, "multilabel": 2}
+"""Of config.json by task: a reader of schema 1 would take the sigmoids of the latter for a
+softmax."""
 LARGEST_CONFIG = 1 << 20  # bytes
 
 
@@ -98,10 +103,11 @@ def _create(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def model_config(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
-    """The content of config.json."""
+    """The content of config.json; thresholds are 0.5 until validation has set them."""
     arguments = _arguments(recipe, len(classes), training=False)
     return {
-        "schema": 1,
+        "schema": SCHEMAS[recipe.task],
+        "task": recipe.task,
         "architecture": recipe.model,
         "num_classes": len(classes),
         "class_names": list(classes),
@@ -111,6 +117,7 @@ def model_config(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
         "transforms": [],
         "temperature": 1.0,
         "calibrated_on": 0,
+        "thresholds": list(make_task(recipe.task, classes).thresholds),
         "pretrained_cfg": {
             "input_size": [3, *recipe.size],
             "interpolation": "bicubic",
@@ -130,11 +137,13 @@ def save_model(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
     flush_folder(folder)
 
 
-def save_temperature(folder: Path, temperature: float, pictures: int) -> None:
-    """Note in config.json what logits are divided by, and on how many validation pictures that was
-    fitted."""
-    config = read_config(folder) | {"temperature": temperature, "calibrated_on": pictures}
-    _write_config(folder, config)
+def save_calibration(
+    folder: Path, temperature: float, pictures: int, thresholds: Sequence[float] = ()
+) -> None:
+    """Note in config.json what logits are divided by, on how many validation pictures that was
+    fitted, and the thresholds (K,) that were, of a task that has some."""
+    found = {"temperature": temperature, "calibrated_on": pictures, "thresholds": list(thresholds)}
+    _write_config(folder, read_config(folder) | found)
     flush_folder(folder)
 
 
@@ -165,14 +174,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 class Trained(NamedTuple):
     """A trained model: its module in evaluation mode (normalised (B, 3, H, W) -> logits (B, K)),
-    class names, preprocessing, what its logits are divided by for calibrated probabilities, and on
-    how many validation pictures that was fitted (0: it was not)."""
+    class names, preprocessing, what its logits are divided by for calibrated probabilities, on how
+    many validation pictures that was fitted (0: it was not), the task, and its thresholds (K,), ()
+    where it has none."""
 
     module: nn.Module
     classes: tuple[str, ...]
     preprocess: Preprocess
     temperature: float
     calibrated_on: int
+    task: str = "classify"
+    thresholds: tuple[float, ...] = ()
 
 
 def model_folder(run: str | Path) -> Path:
@@ -219,4 +231,18 @@ def load_model(run: str | Path) -> Trained:
         Preprocess.from_dict(config["preprocessing"]),
         float(config.get("temperature", 1.0)),
         int(config.get("calibrated_on", 0)),
+        *_task(config, folder / CONFIG),
     )
+
+
+def _task(config: dict[str, Any], path: Path) -> tuple[str, tuple[float, ...]]:
+    """(task, thresholds) of a model; DataError where this version knows no such thing."""
+    name, thresholds = config.get("task", "classify"), tuple(config.get("thresholds", ()))
+    needed = len(config["class_names"]) if name == "multilabel" else 0
+    if name not in SCHEMAS or len(thresholds) != needed:
+        raise DataError(
+            f"{path} has the task {name!r} with {len(thresholds)} thresholds",
+            f"one of {', '.join(SCHEMAS)}; multilabel has a threshold for each class",
+            "use a newer version of crosspatch, or train again",
+        )
+    return name, tuple(float(threshold) for threshold in thresholds)

@@ -46,8 +46,7 @@ class Pictures:
 
     def counts(self) -> np.ndarray:
         """(K,) training pictures of each class."""
-        labels = self.source.labels[self.split.train]
-        return np.bincount(labels, minlength=len(self.source.classes))
+        return self.source.counts(self.split.train)
 
 
 def read_pictures(source: Source, recipe: Recipe, reporter: Reporter) -> Prepared:

@@ -23,7 +23,7 @@ from crosspatch.errors import Interrupted, UsageError
 from crosspatch.layers import linear
 from crosspatch.objectives import Objective
 from crosspatch.training.evaluation import autocast
-from crosspatch.training.loop import Outcome
+from crosspatch.training.loop import Outcome, merit
 from crosspatch.training.package import model_config, save_model
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent
@@ -94,11 +94,12 @@ def _unfit(model: nn.Module, why: str) -> UsageError:
 def fit_logistic(
     features: Tensor, labels: Tensor, classes: int, penalty: float, start: Layer | None = None
 ) -> Layer:
-    """Multinomial logistic regression by L-BFGS: the least mean cross-entropy (nats) plus
-    penalty / 2 times the squared norm of the weights; the bias is free.
+    """Logistic regression by L-BFGS: the least mean loss (`mean_loss`) plus penalty / 2 times the
+    squared norm of the weights; the bias is free.
 
     features: (N, D), scaled alike (in float32 weights are off by some 3e-4, in float64 by 3e-5);
-    labels: (N,) int64; start: where to begin (zero).
+    labels: (N,) int64 for one multinomial regression, or (N, K) of 0 and 1 for K binary ones;
+    start: where to begin (zero).
     """
     if start is None:
         zeros = features.new_zeros(classes, features.shape[1])
@@ -114,13 +115,22 @@ def fit_logistic(
 
     def closure() -> float:
         solver.zero_grad()
-        loss = F.cross_entropy(F.linear(features, weight, bias), labels)
+        loss = mean_loss(F.linear(features, weight, bias), labels)
         loss = loss + penalty / 2 * weight.square().sum()
         loss.backward()
         return float(loss.detach())
 
     solver.step(closure)
     return Layer(weight.detach(), bias.detach())
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of a picture in nats; of labels (N, K), 0 or 1, the binary one, summed
+    over the classes."""
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels)
+    whole = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="sum")
+    return whole / len(labels)
 
 
 @dataclass(frozen=True)
@@ -181,10 +191,7 @@ class _Probe:
             "epochs": count,
             "step": self.recipe.steps,
             "train_loss": loss,
-            "val_loss": figures["nll"],
-            "val_accuracy": figures["accuracy"],
-            "val_low": figures["low"],
-            "val_high": figures["high"],
+            **figures,
             "lr": penalty,
             "penalty": penalty,
             "images_per_second": round(self.speed, 1),
@@ -202,15 +209,19 @@ class _Probe:
         for place, penalty in enumerate(penalties):
             layer = fit_logistic(scaled, train.labels, len(self.task.classes), penalty, layer)
             raw = scale.unscaled(layer)
-            loss = float(F.cross_entropy(raw(known), train.labels))
-            figures = self.task.metrics(self.task.probabilities(raw(unknown)), val.labels)
+            loss = float(mean_loss(raw(known), train.labels))
+            figures = self.task.brief(self.task.probabilities(raw(unknown)), val.labels)
             row = self.row(place, len(penalties), penalty, loss, figures)
-            row["best"] = all(_merit(row) > _merit(other) for other in rows)
+            row["best"] = all(self.merit(row) > self.merit(other) for other in rows)
             rows.append(row)
             layers.append(raw)
             self.reporter.epoch({**row, "remaining": 0.0})
-        best = max(range(len(rows)), key=lambda place: _merit(rows[place]))
+        best = max(range(len(rows)), key=lambda place: self.merit(rows[place]))
         return layers[best], rows, best
+
+    def merit(self, row: dict[str, Any]) -> tuple[float, float]:
+        """What rows are compared by."""
+        return merit(row, self.task.merit)
 
     @torch.no_grad()
     def check(self, layer: Layer, images: ImageSet) -> None:
@@ -220,10 +231,6 @@ class _Probe:
         got, wanted = self.model(pixels).cpu(), layer(features_of(self.model, pixels))
         if (got - wanted).norm() > SAME * wanted.norm():
             raise _unfit(self.model, "computes its logits otherwise than from its features")
-
-
-def _merit(row: dict[str, Any]) -> tuple[float, float]:
-    return row["val_accuracy"], -row["val_loss"]
 
 
 def fit_probe(

@@ -11,6 +11,7 @@ from crosspatch.data.augment import AugmentConfig
 from crosspatch.data.preprocess import FITS, Preprocess
 from crosspatch.errors import UsageError, near
 from crosspatch.layers.linear import MODES
+from crosspatch.tasks import TASKS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 MIXERS = ("mixup", "cutmix", "mixup-batch", "cutmix-batch")
@@ -23,29 +24,30 @@ Pair = tuple[float, float]
 class Recipe:
     """Every setting of one training. Raises UsageError for a value that cannot be trained with.
 
-    model, model_args: entry point and its further arguments; size, store: height and width that the
-    model takes and that pictures are kept in; batch: pictures per step; steps: of the whole run;
-    steps_per_epoch; lr: peak rate; min_lr: last rate; warmup: steps of warm-up;
-    schedule: how the rate runs between them, "cosine" step by step, "epochs" constant within each
-    (`optim.rate`, `optim.epoch_rate`); decay: last parts of names of parameters that are decayed
-    although the model says otherwise; repeats: how often in a row an epoch has each picture; ema:
-    half-life of the weight average as a fraction of the run (0 = off); clip: largest gradient norm
-    (0 = off); weights: what is taken instead of fresh ones (kind, where, path, sha256; empty:
-    nothing), and head_rows: for each class the row of a run's head, -1 for none (empty: none at
-    all); freeze: steps at the start in which only the head learns; layer_decay: what the rate is
-    multiplied with from a layer to the one below it;
-    penalties: those that a linear probe tries, empty where the whole network is trained; mix: names
-    out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha: of each Beta distribution;
-    eval_every: epochs between validations; time_budget: seconds asked for, or None; threads: CPU
-    threads (numbers differ between thread counts); devices: processes that train
-    together, each with so many threads or a GPU; linear: whether large products go through oneDNN
-    (`layers.linear`), "on" or "off" once a run has begun; workers: loader processes, used when the
-    pictures do not fit into memory; balance: what is done about uneven classes
-    (`training.balance`), not "auto" once a run has begun; class_weights: of the loss, by label
-    (empty: all alike); stages: steps at which the run had ended before it was made longer.
+    task: one of `tasks.TASKS`, what the labels mean; model, model_args: entry point and its further
+    arguments; size, store: height and width that the model takes and that pictures are kept in;
+    batch: pictures per step; steps: of the whole run; steps_per_epoch; lr: peak rate; min_lr: last
+    rate; warmup: steps of warm-up; schedule: how the rate runs between them, "cosine" step by step,
+    "epochs" constant within each (`optim.rate`, `optim.epoch_rate`); decay: last parts of names of
+    parameters that are decayed although the model says otherwise; repeats: how often in a row an
+    epoch has each picture; ema: half-life of the weight average as a fraction of the run (0 = off);
+    clip: largest gradient norm (0 = off); weights: what is taken instead of fresh ones (kind,
+    where, path, sha256; empty: nothing), and head_rows: for each class the row of a run's head, -1
+    for none (empty: none at all); freeze: steps at the start in which only the head learns;
+    layer_decay: what the rate is multiplied with from a layer to the one below it; penalties: those
+    that a linear probe tries, empty where the whole network is trained; mix: names out of `MIXERS`;
+    mix_prob: chance of each per batch; mix_alpha: of each Beta distribution; eval_every: epochs
+    between validations; time_budget: seconds asked for, or None; threads: CPU threads (numbers
+    differ between thread counts); devices: processes that train together, each with so many threads
+    or a GPU; linear: whether large products go through oneDNN (`layers.linear`), "on" or "off" once
+    a run has begun; workers: loader processes, used when the pictures do not fit into memory;
+    balance: what is done about uneven classes (`training.balance`), not "auto" once a run has
+    begun; class_weights: of the loss, by label (empty: all alike); stages: steps at which the run
+    had ended before it was made longer.
     """
 
     name: str
+    task: str = "classify"
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
     size: tuple[int, int]
@@ -108,6 +110,7 @@ class Recipe:
         _check(self.freeze >= 0, "freeze", self.freeze, "0 or more")
         _check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")
         _check(self.workers >= 0, "workers", self.workers, "0 or more")
+        _check(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
         _check(self.fit in FITS, "fit", self.fit, f"one of {', '.join(FITS)}")
         _check(self.linear in MODES, "linear", self.linear, f"one of {', '.join(MODES)}")
         _check(self.balance in BALANCES, "balance", self.balance, f"one of {', '.join(BALANCES)}")

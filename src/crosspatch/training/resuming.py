@@ -17,7 +17,7 @@ from crosspatch.data.loading import steps_per_epoch
 from crosspatch.data.skipped import write_skipped
 from crosspatch.data.sources import DIGITS, Source
 from crosspatch.data.split import carry_split, read_split, write_split
-from crosspatch.errors import CrosspatchError, DataError, UsageError
+from crosspatch.errors import CrosspatchError, DataError, UsageError, option
 from crosspatch.training.balance import resolve_balance
 from crosspatch.training.changes import (
     CHANGEABLE,
@@ -76,7 +76,7 @@ def _listed(given: Mapping[str, Any], begun: Mapping[str, Any], whole: bool) -> 
     """`--epochs 9 (was 3)` for every setting that differs; with `whole`, `no --epochs (was 3)`."""
     now = _plain(given)
     changed = [
-        f"--{key.replace('_', '-')} {value} (was {begun.get(key, 'not given')})"
+        f"{option(key, value)} (was {begun.get(key, 'not given')})"
         for key, value in now.items()
         if begun.get(key) != value
     ]

@@ -19,7 +19,7 @@ from crosspatch.training.state import TEMPORARY, flush_file, flush_folder, sweep
 
 METRIC_COLUMNS: tuple[str, ...] = (
     "epoch", "epochs", "step", "train_loss", "val_loss", "val_accuracy", "val_low", "val_high",
-    "lr", "best", "images_per_second", "elapsed",
+    "val_map", "lr", "best", "images_per_second", "elapsed",
 )  # fmt: skip
 OURS = (
     "config.toml", "classes.txt", "split.csv", "skipped.csv", "metrics.csv", "predictions.csv",

@@ -170,7 +170,8 @@ def _begin(
     reasons += said
     kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
-    recipe = replace(recipe, **kept, workers=workers, devices=team.size())
+    task = "multilabel" if source.multi else "classify"
+    recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     recipe = Recipe.from_dict(team.share(recipe.to_dict()))
@@ -279,6 +280,18 @@ def _saved_model(run: RunFolder, recipe: Recipe, classes: int) -> Any:
     return build_model(replace(recipe, weights={}), classes) if saved else None
 
 
+def _labels(source: Source) -> dict[str, Any] | None:
+    """How many labels pictures have, where they may have several."""
+    if not source.multi:
+        return None
+    counts = source.presence.sum(axis=1)
+    return {
+        "mean": float(counts.mean()),
+        "most": int(counts.max()),
+        "none": int((counts == 0).sum()),
+    }
+
+
 def _versions(recipe: Recipe) -> dict[str, str]:
     found = {"crosspatch": crosspatch.__version__, "python": platform.python_version()}
     found |= {name: given or "unknown" for name, given in installed(VERSIONED).items()}
@@ -304,6 +317,8 @@ def _announce(
             "out": str(run.path),
             "images": len(pictures.prepared.images),
             "classes": list(source.classes),
+            "task": recipe.task,
+            "labels": _labels(source),
             "skipped": len(skipped),
             "skipped_files": [{"path": s.path, "reason": s.reason} for s in skipped],
             "split": split_sizes(pictures.split),

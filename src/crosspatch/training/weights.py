@@ -17,7 +17,7 @@ import numpy as np
 
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.split import read_split
-from crosspatch.errors import DataError, UsageError, near
+from crosspatch.errors import DataError, UsageError, near, option
 from crosspatch.training.package import WEIGHTS as TENSORS
 from crosspatch.training.package import file_hash, model_folder, read_config
 from crosspatch.training.pictures import Pictures
@@ -219,7 +219,7 @@ def refuse_seen(found: Found, pictures: Pictures) -> None:
         seen = int(np.isin(judging, theirs.train).sum())
         if seen:
             how = {"seed": config["recipe"]["seed"], **config.get("reading", {})}
-            flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in how.items())
+            flags = " ".join(option(key, value) for key, value in how.items())
             raise UsageError(
                 f"{run.path} was trained on {seen:,} of the pictures that would judge it here",
                 "the split of that run, for the same pictures",
