@@ -19,24 +19,25 @@ from faults.stage import NOTHING, SETTINGS, Found, Stage, case, saved
 from support import kills
 
 DAMAGE = {
-    "torn": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "of zero length": lambda path: path.write_bytes(b""),
-    "foreign (a web page)": lambda path: path.write_bytes(b"<html>404</html>"),
-    "with one byte changed": lambda path: _flip(path),
+    "torn": lambda data: data[:-7],
+    "cut in half": lambda data: data[: len(data) // 2],
+    "of zero length": lambda data: b"",
+    "foreign (a web page)": lambda data: b"<html>404</html>",
+    "with one bit changed": lambda data: data[:-99] + bytes([data[-99] ^ 1]) + data[-98:],
 }
 
 
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-99] ^= 1
-    path.write_bytes(data)
+def _damage(path: Path, how: str) -> None:
+    """Put a damaged file in the place of `path`. It is a new one: two names may share a state."""
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(DAMAGE[how](data))
 
 
 def _damaged(stage: Stage, number: int, names: tuple[str, ...], used: str) -> Found:
     out = stage.stopped()
     for name in names:
-        list(DAMAGE.values())[number](out / "last" / name)
+        _damage(out / "last" / name, list(DAMAGE)[number])
     stage.run(out, "--resume").must(0, *names, "skipped")
     return Found(f"named, {used} taken ({', '.join(DAMAGE)})", stage.lost(out))
 
@@ -56,7 +57,7 @@ def all_states(stage: Stage, number: int) -> Found:
     out = stage.stopped()
     kept = shutil.copytree(out / "last", out.with_name(f"{out.name}-kept"))
     for name in (LAST, BEFORE, GOOD):
-        _flip(out / "last" / name) if number else (out / "last" / name).unlink()
+        _damage(out / "last" / name, "torn") if number else (out / "last" / name).unlink()
     stage.run(out, "--resume").must(3, "last", "--overwrite")
     shutil.rmtree(out / "last")
     shutil.move(kept, out / "last")

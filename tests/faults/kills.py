@@ -59,7 +59,7 @@ def a_reader(stage: Stage, number: int) -> Found:
 
 @case("`kill -9` while a state is written", 6)
 def while_writing(stage: Stage, number: int) -> Found:
-    return _killed(stage, kills.while_writing(1 + number, 3 * number, pause=0.03))
+    return _killed(stage, kills.while_writing(1 + number, 1 + 3 * number, pause=0.03))
 
 
 @case("`kill -9` between the renames and flushes of a state", 6)
