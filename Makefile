@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-long lint format clean
+# make faults: everything that can go wrong is done to real trainings; docs/reliability.md says what was lost.
+
+.PHONY: demo test test-long faults lint format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +31,9 @@ test: lint
 
 test-long: $(VENV)/tested
 	$(BIN)/pytest -n 2 -m long
+
+faults: $(VENV)/tested
+	PYTHONPATH=tests $(BIN)/python -m faults.table
 
 format: $(VENV)/tested
 	$(BIN)/ruff check --fix .

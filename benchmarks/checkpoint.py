@@ -8,13 +8,14 @@ A training on drawn pictures of CIFAR-10's size and number is saved at every eig
 with its state on the disk and resumed in the same process. A row has:
 
 mparams, state_mb    of the model; of the state with the average and two moments
-step_ms              a step beside no write, median
+step_ms, step_cpu_ms    a step beside no write, median; CPU time of its thread
 held_ms              what a save holds the training (checks, copy, start of the thread), median;
                      held_first_ms: the first, which asks the system for the memory of the copy
-beside_ms            by how much the steps beside a write were longer, all together, median
+beside_ms            by how much more CPU time the steps beside a write took, all together, median
+                     (CPU time, as other jobs share the cores; meant for one thread)
 cpu_ms, write_ms     CPU time of the writing thread; time until the state lies on the disk; medians
-share                (held + beside) of the time of `every` steps, in percent, and one_percent_ms:
-                     from which step time on it is below 1 %; share_held counts the held time alone
+share                (held + beside) of `every` steps, in percent; one_percent_ms: the step time
+                     from which on that is below 1 %
 resume_s             from the call with `resume` to the first step, without what stands under
                      `build_s` and `pictures_s`; of it read_s (file and checksum), restore_s (into
                      model, average and optimiser), count_s (multiply-adds, for the first screen)
@@ -93,13 +94,15 @@ class Saving(Silent):
         self.fits, self.saves = fits, saves
         self.alone: list[float] = []
         self.beside: list[list[float]] = [[]]
-        self.seen, self.last = 0, time.perf_counter()
+        self.walls: list[float] = []
+        self.seen, self.last, self.cpu = 0, time.perf_counter(), time.thread_time()
 
     def step(self, done: int, total: int, loss: float, images_per_second: float) -> None:
-        fit, took = self.fits[-1], time.perf_counter() - self.last
+        fit, took = self.fits[-1], time.thread_time() - self.cpu
         writing, self.seen = fit.writer._thread is not None, self.seen + 1
         if self.seen > WARM:
             (self.beside[-1] if writing else self.alone).append(took)
+            self.walls += [] if writing else [time.perf_counter() - self.last]
         fit.writer.check()
         if self.seen % GAP == 0:
             fit.writer.wait()
@@ -107,7 +110,7 @@ class Saving(Silent):
                 raise Enough
             self.beside.append([])
             fit._save()
-        self.last = time.perf_counter()
+        self.last, self.cpu = time.perf_counter(), time.thread_time()
 
 
 def run(
@@ -144,14 +147,14 @@ def saving(source: Source, folder: Path, settings: dict[str, Any], asked: Any) -
     return {
         "mparams": round(sum(p.numel() for p in fits[0].stepper.objective.parameters()) / 1e6, 2),
         "state_mb": round((folder / "last" / "last.safetensors").stat().st_size / 1e6, 1),
-        "step_ms": milliseconds(reporter.alone),
+        "step_ms": milliseconds(reporter.walls),
+        "step_cpu_ms": milliseconds(reporter.alone),
         "held_ms": milliseconds(held.wall[2:]),
         "held_first_ms": milliseconds(held.wall[:2][-1:]),
         "beside_ms": milliseconds(longer),
         "cpu_ms": milliseconds(written.cpu[1:]),
         "write_ms": milliseconds(written.wall[1:]),
         "share": round(100 * cost / (asked.every * alone), 3),
-        "share_held": round(100 * statistics.median(held.wall[2:]) / (asked.every * alone), 3),
         "one_percent_ms": round(1e5 * cost / asked.every, 1),
     }
 

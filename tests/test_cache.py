@@ -50,3 +50,10 @@ def test_the_usual_places(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.folder() == tmp_path / ".cache" / "crosspatch"
+
+
+def test_an_answer_of_another_kind_is_made_anew(place) -> None:
+    number = lambda answer: isinstance(answer, float)
+    assert cache.remembered("a.json", "k", lambda: "fast") == "fast"
+    assert cache.remembered("a.json", "k", lambda: 2.5, number) == 2.5
+    assert cache.remembered("a.json", "k", lambda: 3.5, number) == 2.5

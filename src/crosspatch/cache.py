@@ -27,11 +27,14 @@ def folder() -> Path:
     return Path(base) / "crosspatch"
 
 
-def remembered(file: str, key: str, make: Callable[[], Any]) -> Any:
-    """The answer kept in `file` under `key`, else what `make` gives now (plain JSON), kept."""
+def remembered(
+    file: str, key: str, make: Callable[[], Any], fits: Callable[[Any], bool] = lambda _: True
+) -> Any:
+    """The answer kept in `file` under `key`, if it `fits`, else what `make` gives now (plain JSON),
+    kept."""
     path = folder() / file
     answers = _read(path)
-    if key in answers:
+    if key in answers and fits(answers[key]):
         return answers[key]
     answer = make()
     kept = {**_read(path), key: answer}  # another process may have written meanwhile

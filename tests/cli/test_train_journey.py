@@ -97,6 +97,32 @@ def test_ctrl_c_saves_and_the_command_it_names_goes_on(
     assert epochs[-1] == 3
 
 
+def test_the_same_command_goes_on_and_what_differs_needs_force(
+    crosspatch, pictures, tmp_path, monkeypatch
+) -> None:
+    data, run, show = shutil.copytree(pictures, tmp_path / "photos"), tmp_path / "run", Screen.epoch
+
+    def stop(screen: Screen, row: dict) -> None:
+        show(screen, row)
+        signal.raise_signal(signal.SIGTERM)
+
+    words = ("train", data, "--epochs", 3, "--size", 16, "--out", run)
+    with monkeypatch.context() as patch:
+        patch.setattr(Screen, "epoch", stop)
+        assert crosspatch(*words).code == 4
+    lost = sorted((data / "3").iterdir())[0]
+    lost.rename(data / "4" / "other.png")
+    refused = crosspatch(*words, "--lr", 0.01)
+    assert_refused(refused, 3, f"1 came (4/other.png); 1 went (3/{lost.name})", "--force")
+    assert "--lr 0.01 (was not given)" in refused.err
+    assert_refused(crosspatch(*words[:-4], "--size", 32, "--out", run), 3, "--size 32", "anew")
+    forced = crosspatch("train", data, "--out", run, "--resume", "--force", "--lr", 0.001)
+    assert forced.code == 0, forced.err
+    assert "Goes on with what was changed: --lr 0.001" in " ".join(forced.out.split())
+    assert_refused(crosspatch(*words), 2, "already holds a run", "--resume")
+    assert_refused(crosspatch(*words, "--force"), 2, "no run that could go on", "--force")
+
+
 def test_a_probe_of_a_run_is_a_run_that_the_other_verbs_read(
     crosspatch, digits_run, pictures, tmp_path
 ) -> None:

@@ -69,6 +69,21 @@ def before_call(room: Any, name: str, count: int = 1, *, pause: float = 0.0) -> 
     return hook
 
 
+def slow(room: Any, name: str, seconds: float) -> Hook:
+    """Not a kill: every call of `room.name` takes so much longer."""
+
+    def hook() -> None:
+        real = getattr(room, name)
+
+        def waiting(*given: Any, **how: Any) -> Any:
+            time.sleep(seconds)
+            return real(*given, **how)
+
+        setattr(room, name, waiting)
+
+    return hook
+
+
 def in_step(number: int, place: str) -> Hook:
     """Kill in step `number` (from 0): before it, in the forward pass, before the optimiser's
     update, before that of the average, or after all of it."""
