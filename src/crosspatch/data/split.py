@@ -80,14 +80,17 @@ def make_split(
 
 
 def gaps(source: Source, split: Split) -> list[str]:
-    """A sentence for val and test each, where groups left a class without a picture in it."""
+    """A sentence for val and test each, where the split left a class without a picture in it."""
     said = []
+    grouped = any(item.group is not None for item in source.items)
     for name in ("val", "test"):
         there = set(source.labels[getattr(split, name)].tolist())
         lost = [one for label, one in enumerate(source.classes) if label not in there]
-        if lost and any(item.group is not None for item in source.items):
+        given = any(item.split == name for item in source.items)
+        if lost and there and not given:
             more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-            said.append(f"{name} got no picture of {', '.join(lost[:5])}{more}: too few groups.")
+            why = "too few groups" if grouped else "too few to have one there"
+            said.append(f"{name} got no picture of {', '.join(lost[:5])}{more}: {why}.")
     return said
 
 
