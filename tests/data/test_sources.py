@@ -186,7 +186,7 @@ def test_a_val_class_in_capitals_is_named_with_its_neighbour(tmp_path):
     folder = splits(tmp_path, "train", "val")
     (folder / "val/rings").rename(folder / "val/RINGS")
     (folder / "val/discs").rename(folder / "val/disc")
-    told(folder, DataError, "['RINGS', 'disc']", "RINGS: rings, ", "disc: discs")
+    told(folder, DataError, "the classes 'RINGS', 'disc'", "RINGS: rings, ", "disc: discs")
 
 
 def test_a_file_that_vanishes_is_told(folder):

@@ -167,7 +167,7 @@ def test_files_that_are_not_there_are_listed(folder):
         ("shapes/discs/0001.jpg", "line 17: names no class"),
         ("shapes/gone.jpg", "line 11: no such file or directory"),
     ]
-    assert "1 row(s) of the table say again" in source.remarks[1]
+    assert "1 row of the table says again" in source.remarks[1]
 
 
 def test_absolute_paths_elsewhere_are_read_as_the_user_wrote_them(folder, tmp_path_factory):

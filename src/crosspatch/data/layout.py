@@ -8,7 +8,9 @@ things is an error that says what to rename.
 from __future__ import annotations
 
 import os.path
+import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -160,8 +162,9 @@ def check_classes(
     for split in sorted(found.keys() - {"train", ""}):
         unknown = sorted(name for name in found[split] if found[split][name] and name not in counts)
         if unknown:
-            names = f"class {unknown[0]!r}" if len(unknown) == 1 else f"classes {unknown[:5]}"
-            hints = [f"{name}: {near(name, counts) or 'none'}" for name in unknown[:5]]
+            shown = [_shown(name, counts) for name in unknown[:5]]
+            names = f"class {shown[0]}" if len(unknown) == 1 else f"classes {', '.join(shown)}"
+            hints = [_nearest(name, counts) for name in unknown[:5]]
             raise DataError(
                 f"{told}: {split} holds the {names}, which train lacks",
                 f"Classes of train near {'; '.join(hints)}",
@@ -180,11 +183,37 @@ def class_remarks(found: dict[str, Counter[str]]) -> list[str]:
             remarks.append(f"{split} holds no picture of {', '.join(lost[:5])}{more}.")
     alike: dict[str, list[str]] = {}
     for name in sorted(counts):
-        alike.setdefault(name.casefold(), []).append(f"{name} ({counts[name]:,})")
+        alike.setdefault(_face(name), []).append(name)
     for names in alike.values():
+        by_case = len({name.casefold() for name in names}) == 1
+        how = "differ only in case" if by_case else "look the same"
+        told = (f"{name if by_case else ascii(name)} ({counts[name]:,})" for name in names)
         if len(names) > 1:
-            remarks.append(f"{' and '.join(names)} differ only in case: they are separate classes.")
+            remarks.append(f"{' and '.join(told)} {how}: they are separate classes.")
     return remarks
+
+
+def _face(name: str) -> str:
+    """What a reader sees of a name, whatever its case, spaces and accents are made of."""
+    return " ".join(unicodedata.normalize("NFC", name).casefold().split())
+
+
+def _twins(name: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that look as `name` does, though not by their case alone."""
+    same = (one for one in known if _face(one) == _face(name))
+    return [one for one in same if one.casefold() != name.casefold()]
+
+
+def _shown(name: str, known: Iterable[str]) -> str:
+    return ascii(name) if _twins(name, known) else repr(name)
+
+
+def _nearest(name: str, known: Counter[str]) -> str:
+    """A name and those of `known` that may be meant by it."""
+    twins = _twins(name, known)
+    if twins:
+        return f"{name!a}: {', '.join(map(ascii, twins))}"
+    return f"{name}: {near(name, known) or 'none'}"
 
 
 def _class_counts(keys: dict[str, str], folders: set[str], below: str) -> Counter[str]:

@@ -35,7 +35,7 @@ _LENGTH = SIDE * SIDE + 2 * _TINTS * _TINTS
 _TABLES, _AHEAD, _BEST = 24, 8, 16
 _FAR = 18  # bits that may differ between the hashes of candidates
 _LIKE = 0.75  # cosine of their low frequencies, before they are fitted
-_MOST = 0.08  # share of the detail that may remain unexplained, where chance allows it
+_MOST = 0.1  # share of the detail that may remain unexplained, where chance allows it
 _LEAST = 0.005  # the same in sets too small to tell: what JPEG and resizing leave
 _SAMPLE, _ENOUGH = 4096, 100  # pairs that tell what chance does
 _DETAIL = 2.0  # grey levels, root mean square: less is a plain picture
@@ -53,10 +53,15 @@ _TURNED = np.tile(np.where(_LOW % 2 == 1, -1, 1), 8).astype(np.float32)  # (64,)
 
 def fingerprint(image: Image.Image) -> bytes | None:
     """The fingerprint of an RGB picture: 16x16 of luma, then 4x4 of each chroma (YCbCr), row by
-    row. None for a picture that is smaller than SIDE pixels."""
+    row. None for a picture that is smaller than SIDE pixels.
+
+    The filter is a triangle, so smooth that a shift by less than a pixel is nearly a multiple of
+    the gradient.
+    """
     if min(image.size) < SIDE:
         return None
-    small = image.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0).convert("YCbCr")
+    small = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    small = small.convert("YCbCr")
     tint = small.resize((_TINTS, _TINTS), Image.Resampling.BOX).tobytes()
     return small.tobytes()[::3] + tint[1::3] + tint[2::3]
 
@@ -121,7 +126,7 @@ def _frequencies(prints: np.ndarray) -> np.ndarray:
     """float32 (N, 64): the low frequencies of each picture's detail, the vertical ones first."""
     low = np.empty((len(prints), 64), np.float32)
     for at in range(0, len(prints), _CHUNK):
-        grey = _smooth_grey(prints[at : at + _CHUNK])
+        grey = _grey(prints[at : at + _CHUNK])
         low[at : at + _CHUNK] = (_COSINES @ grey @ _COSINES.T).reshape(-1, 64)
     return low
 
@@ -175,7 +180,7 @@ def _limit(prints: np.ndarray) -> float:
     if count * (count - 1) // 2 < _ENOUGH:
         return _LEAST
     one, step = np.random.default_rng(1).integers((0, 1), (count, count), (_SAMPLE, 2)).T
-    first, second = (_smooth_grey(prints[at]) for at in (one, (one + step) % count))
+    first, second = (_grey(prints[at]) for at in (one, (one + step) % count))
     left = np.minimum(_left(first, second), _left(second, first))
     left = left[left > _MOST]  # copies are not chance
     if len(left) < _ENOUGH:
@@ -190,7 +195,7 @@ def _same(prints: np.ndarray, keys: np.ndarray, limit: float) -> np.ndarray:
     same = np.zeros(len(keys), bool)
     for at in range(0, len(keys), _CHUNK):
         one, other, mirrored = _parts(keys[at : at + _CHUNK], len(prints))
-        first, second = _smooth_grey(prints[one]), _smooth_grey(prints[other])
+        first, second = _grey(prints[one]), _grey(prints[other])
         first[mirrored] = first[mirrored, :, ::-1]
         left = _left(first, second)
         maybe = (left > limit) & (left < 10 * limit)
@@ -223,14 +228,9 @@ def _same_tint(one: np.ndarray, other: np.ndarray, mirrored: np.ndarray) -> np.n
     return (paler <= _PALE) | (np.abs(first - second).mean((1, 2, 3)) <= _TINT)
 
 
-def _smooth_grey(prints: np.ndarray) -> np.ndarray:
-    """float32 (N, S, S): the luma filtered by 1 2 1 along both axes, so that a shift by less than a
-    pixel is nearly a multiple of the gradient."""
-    grey = prints[:, : SIDE * SIDE].reshape(-1, SIDE, SIDE).astype(np.float32)
-    for _ in range(2):
-        wide = np.pad(grey, [(0, 0), (0, 0), (1, 1)], "edge")
-        grey = ((wide[..., :-2] + 2 * wide[..., 1:-1] + wide[..., 2:]) / 4).swapaxes(1, 2)
-    return np.ascontiguousarray(grey)
+def _grey(prints: np.ndarray) -> np.ndarray:
+    """float32 (N, S, S): the luma of fingerprints (N, 288)."""
+    return prints[:, : SIDE * SIDE].reshape(-1, SIDE, SIDE).astype(np.float32)
 
 
 def _detail(grey: np.ndarray) -> np.ndarray:

@@ -81,15 +81,15 @@ def make_split(
 
 
 def gaps(source: Source, split: Split) -> list[str]:
-    """A sentence for val and test each, where groups, or pictures that bring several labels along,
-    left a class without a picture in it."""
+    """A sentence for val and test each, where the split left a class without a picture in it."""
     grouped = any(item.group is not None for item in source.items)
-    said, few = [], "groups" if grouped else "pictures"
+    said, why = [], "too few groups" if grouped else "too few to have one there"
     for name in ("val", "test"):
-        lost = _lacking(source, getattr(split, name))
-        if lost and (grouped or source.multi) and len(getattr(split, name)):
+        part = getattr(split, name)
+        lost, given = _lacking(source, part), any(item.split == name for item in source.items)
+        if lost and len(part) and not given:
             more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-            said.append(f"{name} got no picture of {', '.join(lost[:5])}{more}: too few {few}.")
+            said.append(f"{name} got no picture of {', '.join(lost[:5])}{more}: {why}.")
     return said
 
 

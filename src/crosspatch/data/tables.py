@@ -89,7 +89,8 @@ def open_table(
     if not found:
         raise _nothing_found(path, columns, skipped)
     if repeated:
-        remarks.append(f"{repeated:,} row(s) of the table say again what another row says.")
+        rows_say = "row of the table says" if repeated == 1 else "rows of the table say"
+        remarks.append(f"{repeated:,} {rows_say} again what another says.")
     sizes = {key: size for key, (_, size) in sorted(found.items())}
     layout = _layout(path, facts, sizes, least_classes, multi_label or several)
     if layout.multi:
