@@ -248,12 +248,6 @@ def test_a_set_that_is_shorter_than_planned_is_an_error(train, make_recipe):
         train("run", use=make_recipe(steps_per_epoch=9))
 
 
-def test_several_processes_are_refused(train, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="several processes"):
-        train("run")
-
-
 def test_every_epoch_is_told_also_one_that_is_not_validated(train, make_recipe):
     reporter = Stop()
     run, outcome = train("run", reporter, use=make_recipe(steps=28, eval_every=2))

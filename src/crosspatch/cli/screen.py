@@ -22,6 +22,7 @@ from rich.text import Text
 
 import crosspatch
 from crosspatch.cli import several, words
+from crosspatch.training import launch
 
 WIDTH = 80
 READY = "getting ready"
@@ -56,7 +57,9 @@ class Screen:
     """
 
     def __init__(self, stderr: bool = False, console: Console | None = None) -> None:
-        self.console = console or _Console(stderr=stderr, markup=False, highlight=False)
+        mute = launch.rank() > 0  # of several processes the first one talks
+        plain = {"markup": False, "highlight": False, "force_terminal": False if mute else None}
+        self.console = console or _Console(stderr=stderr, quiet=mute, **plain)
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._headed = self._several = False

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from crosspatch.cli.options import (
     typed,
 )
 from crosspatch.errors import Interrupted, UsageError
+from crosspatch.training import launch
 
 _ENDINGS = r"\.(zip|tar|tgz|txz|tbz2?|tar\.\w+|csv|tsv|jsonl?|parquet)$"
 _FOLDER = Group("The run folder", sort_key=10)
@@ -103,6 +106,11 @@ class Choices:
     ] = None
     """What is done about uneven classes (auto: nothing until one has 10 times another's)."""
 
+    devices: Annotated[
+        int | None, at_least(1, "--devices 2"), Parameter(metavar="N", show_default="1")
+    ] = None
+    """Processes that train together: one for each GPU, or sharing the CPU's cores."""
+
     compile: Annotated[bool | None, Parameter(negative=())] = None
     """Use torch.compile: slow to start, faster after."""
 
@@ -141,12 +149,15 @@ def train(
         )
     out = folder.out or default_out(data, folder.resume)
     overrides = typed(budget or Budget()) | typed(choices or Choices())
+    count = overrides.get("devices") or _begun_with(out, folder.resume)
+    if count > 1 and launch.world() == 1:
+        return launch.launch([*sys.argv[1:], *([] if folder.out else ["--out", str(out)])], count)
     reading = typed(columns or Columns()) | ({} if group is None else {"group": group})
     reading |= {"multi_label": True} if multi_label else {}
 
     from crosspatch.cli.screen import Screen, print_json
 
-    with Screen(stderr=output.json) as screen:
+    with Screen(stderr=output.json) as screen, launch.one_voice():
         from crosspatch.models.registry import create_model, list_models
         from crosspatch.training.session import train_run
 
@@ -157,9 +168,20 @@ def train(
             summary = train_run(
                 data, out, overrides, screen, folder.resume, folder.overwrite, reading
             )
-    if output.json:
+    if output.json and launch.rank() == 0:
         print_json(summary)
     return 0
+
+
+def _begun_with(out: Path, resume: bool) -> int:
+    """The processes that a run was begun with, where it is to go on."""
+    path = out / "config.toml"
+    if not resume or not path.is_file():
+        return 1
+    try:
+        return int(tomllib.loads(path.read_text(encoding="utf-8"))["recipe"].get("devices", 1))
+    except (KeyError, ValueError):  # a damaged file is named where it is needed
+        return 1
 
 
 @contextmanager

@@ -86,11 +86,11 @@ def _rounds(n: int, start: int, count: int, seed: int, kind: int) -> np.ndarray:
 
 def steps_per_epoch(n: int, batch_size: int, world: int = 1) -> int:
     """Training batches in one epoch: whole ones only, but at least one. Raises UsageError."""
-    if batch_size < world or n < 1:
+    if min(batch_size, n) < world:
         raise UsageError(
             f"got batch size {batch_size} for {world} processes and {n} pictures",
             "Each process needs at least one picture of every batch",
-            f"Use --batch {max(1, world)} or more",
+            f"Use --batch {world} or more" if n >= world else f"Use --devices {max(1, n)} or fewer",
         )
     return max(1, n // batch_size)
 

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from crosspatch.errors import DataError, UsageError
+from crosspatch.training import team
 from crosspatch.training.state import BEFORE, GOOD, LAST, read_state
 
 CUT = 0.5
 TRIES = 3
 NAN_COLUMNS = ("try", "step", "what", "value", "back_to", "rate_factor", "path")
+WHATS = ("loss", "gradient", "weights", "validation")
 SHOWN = 3  # pictures named on the screen; nan.csv has all
 
 Cut = tuple[int, float]
@@ -31,8 +33,8 @@ Cut = tuple[int, float]
 class NotFinite(Exception):
     """Something that must be finite is not.
 
-    step: the step that did it, from 0; what: "loss", "gradient", "weights" or "validation"; value:
-    what was found; index: (B,) int64, the pictures of its batch, as positions in the set.
+    step: the step that did it, from 0; what: one of `WHATS`; value: what was found;
+    index: (B,) int64, the pictures of its batch, as positions in the set.
     """
 
     def __init__(self, step: int, what: str, value: float, index: Tensor) -> None:
@@ -53,16 +55,35 @@ class Watch:
         self._unread.append((step, what, value.detach(), index))
         self.last = index
 
-    def check(self) -> None:
-        """Raises NotFinite for the first figure since the last call that is not finite."""
+    def found(self) -> NotFinite | None:
+        """The first figure since the last call that is not finite, in this process."""
         unread, self._unread = self._unread, []
         if not unread:
-            return
+            return None
         for (step, what, _, index), value in zip(
             unread, torch.stack([one[2].float() for one in unread]).tolist(), strict=True
         ):
             if not math.isfinite(value):
-                raise NotFinite(step, what, value, index)
+                return NotFinite(step, what, value, index)
+        return None
+
+    def check(self) -> None:
+        """Raises NotFinite for the first figure since the last call that is not finite, in any
+        process."""
+        found = self.found()
+        if team.either(found is not None)[0]:
+            raise agreed(found)
+
+
+def agreed(found: NotFinite | None) -> NotFinite:
+    """What all processes say of a step when at least one has found something in it: the earliest,
+    a loss before a gradient, with the pictures of those that found just that."""
+    mine = [found.step, found.what, found.value, found.index.tolist()] if found else None
+    told = [one for one in team.gather(mine) if one is not None]
+    step, what = min((one[0], WHATS.index(one[1])) for one in told)
+    same = [one for one in told if (one[0], one[1]) == (step, WHATS[what])]
+    index = torch.tensor([place for one in same for place in one[3]], dtype=torch.int64)
+    return NotFinite(step, WHATS[what], same[0][2], index)
 
 
 def spoilt(named: Iterable[tuple[str, Tensor]]) -> str | None:

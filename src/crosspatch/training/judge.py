@@ -12,9 +12,10 @@ import numpy as np
 from crosspatch.data.split import SPLITS, Split
 from crosspatch.metrics.macs import count_macs
 from crosspatch.tasks import make_task
+from crosspatch.training import team
 from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.loop import Outcome
-from crosspatch.training.package import load_model, save_calibration
+from crosspatch.training.package import build_model, load_model, save_calibration
 from crosspatch.training.pictures import Pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter
@@ -30,9 +31,8 @@ def finish(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Judge the chosen weights on val and, this once, on test; write the tables and the report."""
-    model = load_model(run.path).module.to(recipe.device)
+    model = _chosen(run, recipe, len(pictures.source.classes))
     figures, rows = _judge(run, model, recipe, pictures, reporter)
-    run.write_predictions(make_task(recipe.task, ()).columns, rows)
     summary = {
         "run": str(run.path),
         "out": str(run.path),
@@ -53,8 +53,19 @@ def finish(
         "calibration": figures["calibration"],
         "seconds": outcome.seconds,
     }
+    if not team.first():
+        return summary
+    run.write_predictions(make_task(recipe.task, ()).columns, rows)
     run.write_report({"schema": 1, **summary, "history": outcome.rows, "config": config})
     return {**summary, "files": _files(run.path)}
+
+
+def _chosen(run: RunFolder, recipe: Recipe, classes: int) -> Any:
+    """The model that validation chose, from the run's folder, which only the first process has."""
+    own = team.first()
+    model = load_model(run.path).module if own else build_model(recipe, classes, training=False)
+    team.share_weights(model)
+    return model.to(recipe.device)
 
 
 def _judge(
@@ -78,12 +89,14 @@ def _judge(
             workers=recipe.workers,
             probabilities=task.probabilities,
             progress=partial(reporter.progress, doing),
+            shared=True,
         ).numpy()
         labels = images.labels.numpy()
         if name == "val":
             temperature = task.fit_temperature(raw, labels)
             task = task.with_thresholds(task.calibrated(raw, temperature), labels)
-            save_calibration(run.model, temperature, len(images), task.thresholds)
+            if team.first():
+                save_calibration(run.model, temperature, len(images), task.thresholds)
             figures["calibration"] = {"temperature": temperature, "images": len(images)}
             if task.thresholds:
                 figures["calibration"] |= _thresholds(task, labels, reporter)

@@ -20,12 +20,14 @@ from crosspatch.data.loading import train_batches
 from crosspatch.data.prepare import ImageSet
 from crosspatch.errors import Interrupted, UsageError
 from crosspatch.objectives import Objective
+from crosspatch.training import launch, team
 from crosspatch.training.evaluation import Stopped, predict_probabilities
 from crosspatch.training.guard import (
     CUT,
     NAN_COLUMNS,
     TRIES,
     NotFinite,
+    agreed,
     boundary,
     describe,
     give_up,
@@ -140,10 +142,12 @@ class _Fit:
         pictures = self.val if found.what == "validation" else self.train
         keys = pictures.subset(found.index).keys
         number, back = len(self.stepper.cuts) + 1, boundary(self.due, found.step)
-        self.run.note_nan(NAN_COLUMNS, nan_rows(found, number, back, keys))
-        cuts = [*self.stepper.cuts, (back, CUT)]
-        same = {"recipe": self.recipe.to_dict(), "fingerprint": self.facts.get("fingerprint")}
-        state = good_state(self.run.last, back, cuts, same) if number <= TRIES else None
+        cuts, state = [*self.stepper.cuts, (back, CUT)], None
+        if team.first():
+            self.run.note_nan(NAN_COLUMNS, nan_rows(found, number, back, keys))
+            same = {"recipe": self.recipe.to_dict(), "fingerprint": self.facts.get("fingerprint")}
+            state = good_state(self.run.last, back, cuts, same) if number <= TRIES else None
+        state = team.share_state(state)
         if state is None:
             table, left = self.run.path / "nan.csv", number <= TRIES
             raise give_up(found, keys, self.recipe.lr, table, stateless=left) from found
@@ -151,7 +155,8 @@ class _Fit:
         self.stepper.restore(tensors, meta["stepper"])
         self.stepper.cuts = cuts
         self.step, self.rows = meta["step"], meta["rows"]
-        self.run.write_metrics(self.rows)
+        if team.first():
+            self.run.write_metrics(self.rows)
         self._save()
         self.reporter.message(
             f"Back to step {self.step:,}: {describe(found, keys)}. All are listed in nan.csv. From "
@@ -174,6 +179,8 @@ class _Fit:
             epoch=epoch,
             seed=r.seed,
             start_batch=start,
+            rank=team.rank(),
+            world=team.size(),
             workers=r.workers,
             repeats=r.repeats,
             balanced=r.balance == "sampler",
@@ -192,16 +199,27 @@ class _Fit:
 
     def _after_step(self) -> None:
         now = time.perf_counter()
-        if self.stepper.reads_each_step:
-            self.stepper.watch.check()
-        if self.signals.name is not None:
+        found = self.stepper.watch.found() if self.stepper.reads_each_step else None
+        bad, stop, report, save = team.either(
+            found is not None,
+            self._unwanted(),
+            now - self.clock.reported >= self.report_seconds or self.step == self.recipe.steps,
+            now - self.clock.saved >= self.save_long_seconds,
+        )
+        if bad:
+            raise agreed(found)
+        if stop:
             raise Stopped
-        if now - self.clock.reported >= self.report_seconds or self.step == self.recipe.steps:
+        if report:
             self.clock.reported = now
             loss = self.stepper.mean_loss(self.step)
             self.reporter.step(self.step, self.recipe.steps, loss, self.clock.speed())
-        if now - self.clock.saved >= self.save_long_seconds:
+        if save:
             self._save()
+
+    def _unwanted(self) -> bool:
+        """Whether this process was told to stop, or what launched it has ended."""
+        return self.signals.name is not None or launch.orphaned()
 
     def _evaluate_if_due(self) -> bool:
         """Evaluation is owed, not scheduled: a kill between save and evaluation loses no row."""
@@ -212,15 +230,20 @@ class _Fit:
         self.rows.append(row)
         row["best"] = self.best() is row
         self.stepper.reset_loss()
-        if row["best"]:
+        if row["best"] and team.first():
             config = model_config(self.recipe, self.task.classes)
             save_model(self.run.model, self.stepper.evaluated, config)
-        self.run.append_metrics(row)
+        if team.first():
+            self.run.append_metrics(row)
         self._tell(row)
-        if time.perf_counter() - self.clock.saved >= self.save_seconds:
+        if team.either(time.perf_counter() - self.clock.saved >= self.save_seconds)[0]:
             self._save()
-            keep_good(self.run.last)
+            self._keep_good()
         return True
+
+    def _keep_good(self) -> None:
+        if team.first():
+            keep_good(self.run.last)
 
     def _tell(self, row: dict[str, Any]) -> None:
         self.reporter.epoch({**row, "remaining": self._remaining()})
@@ -228,7 +251,8 @@ class _Fit:
     def _validate(self) -> dict[str, Any]:
         self.stepper.watch.check()
         r = self.recipe
-        self.signals.at_once = True  # a batch here can take longer than who stops us will wait
+        # a batch here can take longer than who stops us will wait
+        self.signals.at_once = team.size() == 1
         try:
             probs = predict_probabilities(
                 self.stepper.evaluated,
@@ -238,7 +262,8 @@ class _Fit:
                 precision=r.precision,
                 workers=r.workers,
                 probabilities=self.task.probabilities,
-                stop=lambda: self.signals.name is not None,
+                stop=lambda: team.either(self._unwanted())[0],
+                shared=True,
             )
         finally:
             self.signals.at_once = False
@@ -281,7 +306,8 @@ class _Fit:
             "recipe": self.recipe.to_dict(),
             "stepper": self.stepper.numbers(),
         }
-        save_state(self.run.last, self.stepper.tensors(), meta, name)
+        if team.first():
+            save_state(self.run.last, self.stepper.tensors(), meta, name)
         self.clock.saved = time.perf_counter()
 
     def _stop(self, cause: BaseException) -> None:
@@ -298,12 +324,13 @@ class _Fit:
 
     def resume(self) -> None:
         """Go back to the newest usable state. Raises UsageError when the run was another one."""
-        found = load_state(self.run.last)
-        if found is None:
+        found = load_state(self.run.last) if team.first() else None
+        state = team.share_state(found[:2] if found else None)
+        if state is None:
             self.reporter.message("No state was saved yet: the run begins at its first step.")
             return
-        tensors, meta, remarks = found
-        for remark in remarks:
+        tensors, meta = state
+        for remark in found[2] if found else ():
             self.reporter.message(remark)
         longer = self._longer(meta)
         if not longer:
@@ -311,10 +338,27 @@ class _Fit:
         self.stepper.restore(tensors, meta["stepper"])
         self.step, self.rows = meta["step"], meta["rows"]
         self.clock.before = meta["elapsed"]
-        if longer:  # from here on there is a state of the longer run to go back to
-            self._save()
-            keep_good(self.run.last)
+        if longer or self._regrouped(meta):
+            self._save()  # so that there is a state of this recipe to go back to
+            self._keep_good()
         self.reporter.message(f"Continues at step {self.step:,} of {self.recipe.steps:,}.")
+
+    def _regrouped(self, meta: dict[str, Any]) -> bool:
+        """Whether the state is of another number of processes; it is said what that changes."""
+        then, now = meta["recipe"].get("devices", 1), self.recipe.devices
+        if then != now:
+            self.reporter.message(
+                f"Saved by {then} and continued by {now} process(es). As before: the pictures of "
+                "every batch, how they are augmented, the rates. Not as before: each process draws "
+                "dropout, stochastic depth and mixing of its own, and sums differ in the last "
+                "digits."
+            )
+        return then != now
+
+    def _before(self, meta: dict[str, Any]) -> Recipe:
+        """The recipe of a state, as these processes would have it."""
+        then, now = Recipe.from_dict(meta["recipe"]), self.recipe
+        return then if then.devices == now.devices else then.by(now.devices, now.threads)
 
     def _longer(self, meta: dict[str, Any]) -> bool:
         """Whether the state is the end of this run before it was made longer."""
@@ -322,13 +366,13 @@ class _Fit:
         return (
             before is not None
             and meta["step"] == before.steps
-            and Recipe.from_dict(meta["recipe"]) == before
+            and self._before(meta) == before
             and meta.get("fingerprint") == self.facts.get("fingerprint")
         )
 
     def _compare(self, meta: dict[str, Any]) -> None:
         # settings that an older version did not know have their defaults
-        now, then = self.recipe.to_dict(), Recipe.from_dict(meta["recipe"]).to_dict()
+        now, then = self.recipe.to_dict(), self._before(meta).to_dict()
         changed = [
             f"{key} {then.get(key)} -> {now.get(key)}"
             for key in sorted(now.keys() | then.keys())
@@ -376,5 +420,6 @@ def fit(
     work = _Fit(recipe, stepper, train, val, run, reporter or Silent(), facts or {}, pace)
     if resume:
         work.resume()
-    run.write_metrics(work.rows)
+    if team.first():
+        run.write_metrics(work.rows)
     return work.go()

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from crosspatch.processor import usable_cores
+from crosspatch.training import launch
 
 
 @dataclass(frozen=True)
 class Machine:
-    """cores: usable ones, after affinity and container quota; memory: bytes free now;
-    device: "cpu" or "cuda"; gpu: its name or None; bf16: whether the GPU computes in it."""
+    """What is there for this process: cores: usable ones, after affinity and container quota;
+    memory: bytes free now; device: "cpu" or "cuda"; gpu: its name or None; bf16: whether the GPU
+    computes in it."""
 
     cores: int
     memory: int
@@ -30,15 +32,17 @@ class Machine:
 
 
 def look() -> Machine:
-    """Look at this machine."""
+    """Look at this machine, which the processes of a team share."""
     import psutil
     import torch
 
-    memory = int(psutil.virtual_memory().available)
+    mates = launch.local_world()
+    memory = int(psutil.virtual_memory().available) // mates
+    cores = max(1, usable_cores() // mates)
     if not torch.cuda.is_available():
-        return Machine(usable_cores(), memory)
+        return Machine(cores, memory)
     return Machine(
-        usable_cores(),
+        cores,
         memory,
         device="cuda",
         gpu=torch.cuda.get_device_name(),

@@ -17,6 +17,7 @@ from crosspatch.data.prepare import ImageSet
 from crosspatch.layers import linear
 from crosspatch.objectives import Objective
 from crosspatch.training import plan as plans
+from crosspatch.training import team
 from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.objective import make_objective
 from crosspatch.training.pictures import Pictures
@@ -71,7 +72,7 @@ def choose_threads(
 
     def seconds(candidate: Recipe) -> float:
         objective = make_objective(candidate, pictures.source.classes)
-        return measure_step(candidate, objective, pictures.part("train"))
+        return team.share(measure_step(candidate, objective, pictures.part("train")))
 
     cores, best = recipe.threads, seconds(recipe)
     fixed = "threads" in given or recipe.compile or recipe.device != "cpu"
@@ -92,7 +93,9 @@ def measure_step(recipe: Recipe, objective: Objective, train: ImageSet) -> float
     """Seconds per step: the median of 5 after 2 to warm up. The objective is used up by it."""
     stepper, seconds = Stepper(recipe, objective), []
     for step in range(WARM + TIMED):
-        batches = train_batches(train, recipe.batch, epoch=step, seed=recipe.seed, workers=0)
+        batches = train_batches(
+            train, recipe.batch, epoch=step, seed=recipe.seed, rank=team.rank(), world=team.size()
+        )
         began = time.perf_counter()
         stepper.step(next(iter(batches)), step, min(step, recipe.steps - 1))
         _wait(stepper.device)
@@ -101,7 +104,7 @@ def measure_step(recipe: Recipe, objective: Objective, train: ImageSet) -> float
 
 
 def measure_evaluation(recipe: Recipe, objective: Objective, images: ImageSet) -> float:
-    """Seconds for one evaluation of `images`, from a few batches."""
+    """Seconds for one evaluation of `images` by the team, from a few batches of one process."""
     module = objective.exported
     device = next(module.parameters()).device
     count = min(len(images), EVAL_BATCHES * recipe.eval_batch)
@@ -111,7 +114,7 @@ def measure_evaluation(recipe: Recipe, objective: Objective, images: ImageSet) -
         module, part, recipe.eval_batch, device=device, precision=recipe.precision
     )
     _wait(device)
-    return (time.perf_counter() - began) * len(images) / count
+    return (time.perf_counter() - began) * len(images) / count / team.size()
 
 
 def _wait(device: torch.device) -> None:

@@ -2,8 +2,9 @@
 """The plan: from data and machine to a recipe, with the reasons in plain sentences.
 
 `overrides` are what the user typed: model, size, fit, batch, epochs, time (seconds), lr, seed,
-precision, compile, workers, flip, recipe, linear, balance, weights (a run folder); and, for
-experiments, any other field of `Recipe` ("augment" then being a dict of `AugmentConfig` fields).
+precision, compile, workers, flip, recipe, linear, balance, devices, weights (a run folder);
+and, for experiments, any other field of `Recipe` ("augment" then being a dict of `AugmentConfig`
+fields).
 They always win.
 """
 
@@ -25,7 +26,7 @@ from crosspatch.training.recipes import load_recipe
 
 TYPED = (
     "model", "size", "fit", "batch", "epochs", "time", "lr", "seed", "precision", "compile",
-    "workers", "flip", "recipe", "linear", "weights", "balance",
+    "workers", "flip", "recipe", "linear", "weights", "balance", "devices",
 )  # fmt: skip
 SPARE = 0.05  # of a time budget is left unused
 EVAL_SHARE = 0.08  # of a run may go into validation, before it is done less often
@@ -102,6 +103,7 @@ def plan(
         seed=given.get("seed", 0),
         workers=given.get("workers", 0),
         threads=machine.cores,
+        devices=given.get("devices", 1),
         linear=given.get("linear", "auto"),
         balance=given.get("balance", "auto"),
         time_budget=given.get("time"),

@@ -24,23 +24,24 @@ Pair = tuple[float, float]
 class Recipe:
     """Every setting of one training. Raises UsageError for a value that cannot be trained with.
 
-    task: one of `tasks.TASKS`, what the labels mean; model, model_args: entry point and its further
-    arguments; size, store: height and width that the model takes and that pictures are kept in;
-    batch: pictures per step; steps: of the whole run; steps_per_epoch; lr: peak rate; min_lr: last
-    rate; warmup: steps of warm-up; schedule: how the rate runs between them, "cosine" step by step,
-    "epochs" constant within each (`optim.rate`, `optim.epoch_rate`); decay: last parts of names of
-    parameters that are decayed although the model says otherwise; repeats: how often in a row an
-    epoch has each picture; ema: half-life of the weight average as a fraction of the run (0 = off);
-    clip: largest gradient norm (0 = off); weights: run folder whose model is taken instead of a
-    fresh one, with another head; penalties: those that a linear probe tries, empty where the whole
-    network is trained; mix: names out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha:
-    of each Beta distribution; eval_every: epochs between validations; time_budget: seconds asked
-    for, or None; threads: CPU threads (numbers differ between thread counts); linear: whether large
-    products go through oneDNN (`layers.linear`), "on" or "off" once a run has begun; workers:
-    loader processes, used when the pictures do not fit into memory; balance: what is done about
-    uneven classes (`training.balance`), not "auto" once a run has begun; class_weights: of the
-    loss, by label (empty: all alike); stages: steps at which the run had ended before it was made
-    longer.
+    model, model_args: entry point and its further arguments; size, store: height and width that the
+    model takes and that pictures are kept in; batch: pictures per step; steps: of the whole run;
+    steps_per_epoch; lr: peak rate; min_lr: last rate; warmup: steps of warm-up;
+    schedule: how the rate runs between them, "cosine" step by step, "epochs" constant within each
+    (`optim.rate`, `optim.epoch_rate`); decay: last parts of names of parameters that are decayed
+    although the model says otherwise; repeats: how often in a row an epoch has each picture; ema:
+    half-life of the weight average as a fraction of the run (0 = off); clip: largest gradient norm
+    (0 = off); weights: run folder whose model is taken instead of a fresh one, with another head;
+    penalties: those that a linear probe tries, empty where the whole network is trained; mix: names
+    out of `MIXERS`; mix_prob: chance of each per batch; mix_alpha: of each Beta distribution;
+    eval_every: epochs between validations; time_budget: seconds asked for, or None; threads: CPU
+    threads (numbers differ between thread counts); devices: processes that train
+    together, each with so many threads or a GPU; linear: whether large products go through oneDNN
+    (`layers.linear`), "on" or "off" once a run has begun; workers: loader processes, used when the
+    pictures do not fit into memory; balance: what is done about uneven classes
+    (`training.balance`), not "auto" once a run has begun; class_weights: of the loss, by label
+    (empty: all alike); stages: steps at which the run had ended before it was made longer; task:
+    one of `tasks.TASKS`, what the labels mean.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Recipe:
     seed: int = 0
     workers: int = 0
     threads: int = 1
+    devices: int = 1
     linear: str = "off"
     balance: str = "none"
     class_weights: tuple[float, ...] = ()
@@ -90,7 +92,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counts = ("batch", "steps", "steps_per_epoch", "repeats", "threads", "eval_every")
-        for name in (*counts, "eval_batch"):
+        for name in (*counts, "eval_batch", "devices"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(min(*self.size, *self.store) >= 1, "size", self.size, "at least 1 pixel a side")
         _check(0 < self.lr < 10, "lr", self.lr, "between 0 and 10")
@@ -133,6 +135,13 @@ class Recipe:
     def longer(self, steps: int) -> Recipe:
         """The recipe of a run that has ended and goes on to `steps`: see `optim.staged_rate`."""
         return dataclasses.replace(self, steps=steps, stages=(*self.stages, self.steps))
+
+    def by(self, devices: int, threads: int | None = None) -> Recipe:
+        """The recipe for another number of processes, which share the threads there were."""
+        if devices == self.devices:
+            return self
+        threads = threads or max(1, self.threads * self.devices // devices)
+        return dataclasses.replace(self, devices=devices, threads=threads)
 
     @property
     def shorter(self) -> Recipe | None:

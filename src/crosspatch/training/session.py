@@ -17,10 +17,11 @@ import numpy as np
 import crosspatch
 from crosspatch.data.prepare import survey, write_skipped
 from crosspatch.data.sources import DIGITS, Source, open_source
-from crosspatch.data.split import gaps, make_split, read_split, write_split
+from crosspatch.data.split import SPLITS, Split, gaps, make_split, read_split, write_split
 from crosspatch.errors import DataError, UsageError
 from crosspatch.training import machine as machines
 from crosspatch.training import plan as plans
+from crosspatch.training import team
 from crosspatch.training.balance import resolve_balance
 from crosspatch.training.judge import finish, split_sizes, weight
 from crosspatch.training.loop import fit
@@ -54,14 +55,32 @@ def train_run(
     end. Summary: run, out, data, model, parameters, size, classes, images, skipped, split, epochs,
     steps, best (row of metrics.csv), val and test (figures of the task, None without pictures),
     calibration (temperature, images it was fitted on), seconds, files.
+    Where several processes were launched, each calls this; the first one writes, the others work.
     Raises UsageError, DataError, Interrupted (exit codes 2, 3, 4).
     """
     began = time.perf_counter()
-    reporter = reporter or Silent()
     given = plans.check_overrides(overrides or {})
-    reading = _reading(Path(out), dict(reading or {}), resume)
+    with team.joined(given.get("devices")):
+        if team.size() > 1:
+            given["devices"] = team.size()
+        told = dict(reading or {})
+        reporter = reporter if reporter and team.first() else Silent()
+        return _train(source_spec, Path(out), given, reporter, resume, overwrite, told, began)
+
+
+def _train(
+    source_spec: str | Path,
+    out: Path,
+    given: dict[str, Any],
+    reporter: Reporter,
+    resume: bool,
+    overwrite: bool,
+    reading: dict[str, Any],
+    began: float,
+) -> dict[str, Any]:
+    reading = _reading(out, reading, resume)
     source = open_source(source_spec, **reading)
-    with RunFolder.create(out, overwrite=overwrite, resume=resume) as run:
+    with _folder(out, overwrite=overwrite, resume=resume) as run:
         if resume:
             recipe, pictures, config = _continue(run, source, given, reporter)
         else:
@@ -79,11 +98,18 @@ def train_run(
     return summary
 
 
+def _folder(out: Path, *, overwrite: bool, resume: bool) -> RunFolder:
+    """The run's folder, which the first process alone makes, locks and fills."""
+    if not team.first():
+        return RunFolder(out)
+    return RunFolder.create(out, overwrite=overwrite, resume=resume)
+
+
 def _reading(out: Path, asked: dict[str, Any], resume: bool) -> dict[str, Any]:
     """How the data are read: as asked, and when a run is continued as it was begun."""
-    if not resume or not (out / "config.toml").is_file():
+    if not resume or not team.share((out / "config.toml").is_file()):
         return asked
-    begun = RunFolder(out).read_config().get("reading", {})
+    begun = team.share(RunFolder(out).read_config().get("reading", {}) if team.first() else None)
     changed = [f"{_flag(key, value)} (was {begun.get(key, 'not given')})"
                for key, value in asked.items() if begun.get(key) != value]  # fmt: skip
     if changed:
@@ -120,6 +146,7 @@ def _begin(
     pictures = Pictures(source, prepared, split, source.fingerprint())
     if first.weights:
         _refuse_seen(RunFolder(first.weights), pictures)
+    _require_alike(pictures)
     recipe, reasons = plans.plan(look, len(split.train), len(source.classes), machine, given)
     shape = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
@@ -127,7 +154,9 @@ def _begin(
     recipe = replace(recipe, **shape, workers=workers, task=task)
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
+    recipe = Recipe.from_dict(team.share(recipe.to_dict()))
     recipe, estimate = settle_length(recipe, pictures, given, reasons, began)
+    recipe = Recipe.from_dict(team.share(recipe.to_dict()))
     if not recipe.penalties:
         reasons.append(plans.describe_augment(recipe))
     config = {
@@ -146,23 +175,40 @@ def _begin(
         "versions": _versions(recipe),
         "recipe": recipe.to_dict(),
     }
-    run.write_classes(source.classes)
-    write_split(run.path / "split.csv", source, split)
-    write_skipped(run.path / "skipped.csv", prepared.skipped)
-    run.write_config(config)
+    if team.first():
+        run.write_classes(source.classes)
+        write_split(run.path / "split.csv", source, split)
+        write_skipped(run.path / "skipped.csv", prepared.skipped)
+        run.write_config(config)
     return recipe, pictures, config
+
+
+def _require_alike(pictures: Pictures) -> None:
+    """Raises DataError when the processes of a team do not read the same pictures."""
+    kept = pictures.prepared.kept
+    mine = [pictures.fingerprint, len(kept), int(kept.sum())]
+    for number, theirs in enumerate(team.gather(mine)):
+        if theirs != mine:
+            raise DataError(
+                f"process {number + 1} reads {theirs[1]:,} pictures that are not the {len(kept):,} "
+                f"of process {team.rank() + 1}",
+                "the same files on every machine",
+                "copy the data anew, or use a shared folder",
+            )
 
 
 def _continue(
     run: RunFolder, source: Source, given: dict[str, Any], reporter: Reporter
 ) -> tuple[Recipe, Pictures, dict[str, Any]]:
     """The recipe, pictures and split that the run was begun with."""
-    config = _lengthen(run, run.read_config(), given, reporter)
+    config = team.share(run.read_config() if team.first() else None)
+    config = _lengthen(run, config, given, reporter)
     asked, recipe = config.get("asked", {}), Recipe.from_dict(config.get("recipe", {}))
     changed = [
         f"--{key} {value} (was {asked.get(key, 'not given')})"
         for key, value in given.items()
         if asked.get(key) != (list(value) if isinstance(value, tuple) else value)
+        and key != "devices"  # another number of processes goes on with the run: see `fit`
     ]
     if changed:
         raise UsageError(
@@ -177,8 +223,12 @@ def _continue(
             f"the data of {config['run']['data']} as it was",
             "put it back, or train anew with --overwrite",
         )
-    split = read_split(run.path / "split.csv", source)
+    split = read_split(run.path / "split.csv", source) if team.first() else None
+    parts = team.share([getattr(split, name).tolist() for name in SPLITS] if split else None)
+    split = Split(*(np.array(part, np.int64) for part in parts))
     pictures = Pictures(source, read_pictures(source, recipe, reporter), split, fingerprint)
+    _require_alike(pictures)
+    recipe = recipe.by(team.size())
     now = _versions(recipe)
     return recipe, pictures, {**config, "versions": now}
 
@@ -210,7 +260,7 @@ def _lengthen(
     Raises UsageError when it has had as many already.
     """
     recipe, epochs = Recipe.from_dict(config.get("recipe", {})), given.get("epochs")
-    ended = (run.path / "report.json").is_file()
+    ended = team.share((run.path / "report.json").is_file())
     if not ended or epochs in (None, config["asked"].get("epochs"), recipe.epochs):
         return config
     if recipe.penalties or recipe.schedule == "epochs":
@@ -234,8 +284,9 @@ def _lengthen(
         "asked": {**config["asked"], "epochs": epochs},
         "recipe": longer.to_dict(),
     }
-    run.write_config(config)
-    (run.path / "report.json").unlink()
+    if team.first():
+        run.write_config(config)
+        (run.path / "report.json").unlink()
     reporter.message(
         f"Goes on to {longer.epochs} epochs: the rate rises once more, to {AGAIN * recipe.lr:.2g}, "
         "and falls as half a cosine."

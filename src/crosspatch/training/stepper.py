@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,9 @@ from crosspatch.data.augment import augment
 from crosspatch.data.loading import Batch
 from crosspatch.errors import UsageError
 from crosspatch.layers import linear
+from crosspatch.layers.batch_norm import share_norms
 from crosspatch.objectives import Inputs, Objective
+from crosspatch.training import launch, team
 from crosspatch.training.guard import Cut, NotFinite, Watch, factor, spoilt
 from crosspatch.training.optim import (
     FOREACH,
@@ -38,16 +39,13 @@ FABRIC_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp
 
 
 def make_fabric(recipe: Recipe) -> Any:
-    """Lightning Fabric for the recipe's device and precision.
+    """Lightning Fabric for the recipe's device and precision, and for the processes of the team.
 
-    Raises UsageError under a launcher of several processes, and when the recipe's device is absent.
+    Raises UsageError when the recipe's device is absent.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(
-            "several processes were launched", "one process", "start crosspatch without torchrun"
-        )
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "the run was planned for a GPU, and this machine shows none",
@@ -56,11 +54,19 @@ def make_fabric(recipe: Recipe) -> Any:
         )
     # it announces bf16 on stderr, which the first screen has said already
     logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
-    return Fabric(
-        accelerator="cuda" if recipe.device == "cuda" else "cpu",
-        devices=1,
-        precision=FABRIC_PRECISION[recipe.precision],
+    accelerator = "cuda" if recipe.device == "cuda" else "cpu"
+    precision = FABRIC_PRECISION[recipe.precision]
+    if team.size() == 1:
+        return Fabric(accelerator=accelerator, devices=1, precision=precision)
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=launch.local_world(),
+        num_nodes=launch.machines(),
+        strategy=DDPStrategy(broadcast_buffers=False),  # `share_norms` keeps them the same
+        precision=precision,
     )
+    fabric.launch()
+    return fabric
 
 
 def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
@@ -89,6 +95,8 @@ class Stepper:
         self.fabric = make_fabric(recipe)
         self.device: torch.device = self.fabric.device
         self.objective = objective.to(self.device)
+        if team.size() > 1:
+            share_norms(self.objective)
         self.preprocess = recipe.preprocess
         self.ema: Ema | None = None
         if recipe.ema > 0:
@@ -162,7 +170,7 @@ class Stepper:
         self._driver.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(step)
-        self.loss_sum += loss.detach()
+        self.loss_sum += team.mean(loss.detach())
         self.loss_count += 1
 
     def mean_loss(self, step: int) -> float:

@@ -22,7 +22,18 @@ from crosspatch.training.recipes import small
 
 PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 """Times half the squared norm of the weights, beside the mean cross-entropy."""
-REFUSES = ("epochs", "steps", "time", "lr", "compile", "repeats", "mix", "augment", "flip")
+REFUSES = (
+    "epochs",
+    "steps",
+    "time",
+    "lr",
+    "compile",
+    "repeats",
+    "mix",
+    "augment",
+    "flip",
+    "devices",
+)
 AUGMENT: dict[str, Any] = {"flip": False}
 
 MEAN, STD = small.MEAN, small.STD
