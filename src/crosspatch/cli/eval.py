@@ -43,7 +43,8 @@ def evaluate(
     Parameters
     ----------
     topk
-        A picture counts for the second accuracy when its class is among so many.
+        A picture counts for the second accuracy when its class is among so many; not used where
+        pictures have several labels.
     csv
         Write one row per picture to this table.
     """

@@ -55,8 +55,8 @@ def worst_classes(screen: Screen, metrics: dict[str, Any], most: int = 3) -> Non
         span = words.interval(row["recall_low"], row["recall_high"])
         found = f"{round(row['recall'] * row['support'])} of {row['support']} found"
         screen.line(
-            f"  {row['name']}: average precision {words.percent(row['ap'])}; {found}, "
-            f"{words.percent(row['recall'])} ({span})"
+            f"  {row['name']}: average precision {words.percent(row['ap'])}; from "
+            f"{words.number(row['threshold'], 2)} on {found} ({span} %)"
         )
 
 
