@@ -113,7 +113,7 @@ def _begin(
     seed, look, machine = given.get("seed", 0), survey(source), machines.look()
     guess = make_split(source, seed=seed)
     shape = (look, len(guess.train), len(source.classes), machine)
-    first, settings, found, remarks = _plan_with_weights(shape, given)
+    first, settings, found, remarks = _plan_with_weights(shape, given, reporter)
     prepared = read_pictures(source, first, reporter)
     split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.twins)
     pictures = Pictures(source, prepared, split, source.fingerprint())
@@ -188,7 +188,7 @@ def _continue(
 
 
 def _plan_with_weights(
-    shape: tuple[Any, ...], given: dict[str, Any]
+    shape: tuple[Any, ...], given: dict[str, Any], reporter: Reporter
 ) -> tuple[Recipe, dict[str, Any], Found | None, list[str]]:
     """(the first plan, the settings it was made with, the weights it begins with, remarks).
 
@@ -198,7 +198,7 @@ def _plan_with_weights(
     recipe, _ = plans.plan(*shape, given)
     asked = given.get("weights", load_recipe(recipe.name).WEIGHTS)
     remarks: list[str] = []
-    found = find(asked, recipe.model, given, remarks)
+    found = find(asked, recipe.model, given, remarks, reporter.message)
     if found is None and load_recipe(recipe.name).FREEZE:
         given = {**given, "recipe": "small"}
     recipe, _ = plans.plan(*shape, given, found)
