@@ -6,11 +6,11 @@ For: a few hundred to some thousand pictures, and weights that have seen somethi
 below, from the cache of Hugging Face or fetched. Without any, `small` is what trains.
 Hardware: 2 CPU cores for small pictures; the constants for a GPU are guesses, nothing was measured
 on one.
-Time: 200 pictures of 32 pixels about a minute on one quiet core of an AMD EPYC (crossvit_micro_32,
-80 epochs, range test included).
-Expect: 200 pictures of five classes of CIFAR-10, beginning with a run of 8 minutes on the other five:
-72.0, 72.6 and 73.6 % (three seeds, each ±1.2), where `small` from scratch has 64.5, 64.3 and 65.9,
-`small` with the same weights 69.7, 69.3 and 72.8, `probe` with them 62.6 to 63.0 %
+Time: 200 pictures of 32 pixels (crossvit_micro_32, 80 epochs): 2 minutes on one busy core of an
+AMD EPYC; on a quiet one 40 epochs took 25 s.
+Expect: 200 pictures of five classes of CIFAR-10, after a run of 8 minutes on the other five: 72.0,
+72.6 and 73.6 % (three seeds, each ±1.2), where `small` from scratch has 64.5, 64.3 and 65.9,
+`small` with the same weights 69.7, 69.3 and 72.8, `probe` with them 62.6, 63.0 and 62.8
 (`benchmarks/finetune.py`).
 
 The head first, alone: its gradients would spoil the layers below while it knows nothing (ULMFiT,
