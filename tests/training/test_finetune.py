@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tomllib
 from dataclasses import replace
@@ -140,7 +141,7 @@ def test_the_range_test_is_a_pure_function_of_recipe_and_pictures(make_recipe, p
     given, losses = found[0]
     assert len(given) == len(losses) == 12
     assert (given[0], given[-1]) == pytest.approx((1e-5, 0.1))
-    ratios = [b / a for a, b in zip(given, given[1:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(given)]
     assert ratios == pytest.approx([ratios[0]] * 11)
     assert measure.range_test(replace(recipe, seed=1), pictures, 1e-5, 0.1, 12)[1] != losses
 

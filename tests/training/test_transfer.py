@@ -1,4 +1,4 @@
-"""What of a set of tensors goes into a model: the body as it is, positions resized, heads by row."""
+"""What of a set of tensors goes into a model: body as it is, positions resized, heads by row."""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ def tensors(run):
 
 
 def looked(asked, model="vit_micro_32"):
-    reasons = []
-    return find(str(asked), model, {}, reasons), reasons
+    heard = []
+    return find(str(asked), model, {}, heard, heard.append), heard
 
 
 def test_none_is_from_scratch():
@@ -98,8 +98,10 @@ def test_a_run_gives_model_size_and_preprocessing(opened, tmp_path):
         assert (recipe.size, recipe.store) == ((32, 32), (36, 40))
         assert load_model(tmp_path / f"r{number}").preprocess == load_model(other).preprocess
         mine, theirs = tensors(tmp_path / f"r{number}"), tensors(other)
-        assert all((mine[k] - theirs[k]).abs().max() < 1e-5 for k in mine
-                   if "running" not in k and "num_batches" not in k and "head" not in k)  # fmt: skip
+        parts = ("blocks", "cls_token", "pos_embed", "norm.")
+        body = [name for name in mine if name.startswith(parts)]
+        assert len(body) > 40
+        assert all((mine[name] - theirs[name]).abs().max() < 1e-5 for name in body)
 
 
 def test_a_run_at_another_size_has_its_positions_resized(opened, tmp_path):
@@ -183,7 +185,7 @@ def test_folders_that_are_no_run(tmp_path):
         looked(tmp_path / "empty")
     other = write_run(tmp_path / "other")
     with pytest.raises(UsageError, match="is of vit_micro_32, and --model says crossvit_micro_32"):
-        find(str(other), "crossvit_micro_32", {"model": "crossvit_micro_32"}, [])
+        find(str(other), "crossvit_micro_32", {"model": "crossvit_micro_32"}, [], print)
     (other / "model" / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"model\.safetensors does not exist"):
         looked(other)
@@ -250,7 +252,7 @@ def test_a_released_checkpoint_comes_from_the_cache(opened, tmp_path, cache):
                           atol=1e-6)  # fmt: skip
     assert mine["pos_embed"].shape[1] == 1 + 2 * 2
     with pytest.raises(UsageError, match=f"is of {RELEASED}, and --model says vit_micro_32"):
-        find(RELEASED, "vit_micro_32", {"model": "vit_micro_32"}, [])
+        find(RELEASED, "vit_micro_32", {"model": "vit_micro_32"}, [], print)
 
 
 def test_our_names_of_crossvit_mean_the_same_weights():
@@ -320,7 +322,8 @@ def test_auto_takes_the_cache_then_the_network_then_nothing(cache, offline):
     none, reasons = looked("auto", RELEASED)
     assert none is None
     assert offline == [released.QUICK]
-    assert reasons[0].endswith(f"hf download timm/{RELEASED}.fb_in1k {HUB_FILE}")
+    assert "could not be fetched" in reasons[0]
+    assert reasons[1].endswith(f"hf download timm/{RELEASED}.fb_in1k {HUB_FILE}")
     cache(RELEASED, {"a": torch.zeros(1)})
     found, _ = looked("auto", RELEASED)
     assert found.kind == "released"
@@ -333,7 +336,7 @@ def test_finetune_without_weights_is_small(opened, tmp_path, cache, offline):
     assert (recipe.name, recipe.weights, recipe.freeze) == ("small", {}, 0)
     assert recipe.layer_decay == 1
     reasons = tomllib.loads((tmp_path / "r" / "config.toml").read_text())["why"]["reasons"]
-    assert sum("hf download" in one for one in reasons) == 1
+    assert sum("could not be fetched" in one for one in reasons) == 1
     assert offline == [released.QUICK]
     again = train_run("stripes", tmp_path / "r", {"recipe": "finetune"}, resume=True)
     assert again["steps"] == recipe.steps

@@ -90,8 +90,7 @@ class Choices:
     """Peak learning rate."""
 
     recipe: Annotated[str | None, Parameter(metavar="NAME", show_default="small")] = None
-    """The set of defaults: small, finetune (begins with weights), deit (for large sets and GPUs),
-    probe (a linear head)."""
+    """The set of defaults: small, finetune (with weights), deit (large sets), probe."""
 
     weights: Annotated[
         str | None,

@@ -8,6 +8,8 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
+import crosspatch._torchvision  # noqa: F401
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase

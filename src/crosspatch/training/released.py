@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import crosspatch._torchvision  # noqa: F401
+
 from crosspatch.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from crosspatch.errors import DataError, UsageError, near
 
@@ -85,7 +87,6 @@ def release_of(name: str) -> Release | None:
 
     model, _, tag = name.partition(".")
     known = list_models(_literal(model))
-    released = timm.list_pretrained()
     try:
         settings = timm.get_pretrained_cfg(name) if known else None
     except RuntimeError:
@@ -94,7 +95,7 @@ def release_of(name: str) -> Release | None:
         what = "there is no model or path" if not known else f"{model} has no checkpoint"
         raise UsageError(
             f"{what} {name!r}",
-            f"auto, none, a file, a run, or a released checkpoint; near: {near(name, released)}",
+            f"auto, none, a file, a run, or a released checkpoint; near: {near(name, names())}",
             "correct --weights",
         )
     if settings is None or not settings.hf_hub_id or settings.hf_hub_filename:
@@ -107,6 +108,13 @@ def release_of(name: str) -> Release | None:
         mean=tuple(settings.mean or IMAGENET_MEAN),
         std=tuple(settings.std or IMAGENET_STD),
     )
+
+
+def names() -> list[str]:
+    """Every name of a released checkpoint, with its tag."""
+    import timm
+
+    return timm.list_pretrained()
 
 
 def _size(model: str, input_size: tuple[int, ...]) -> tuple[int, int]:

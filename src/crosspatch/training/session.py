@@ -27,7 +27,6 @@ from crosspatch.training.judge import finish, split_sizes, weight
 from crosspatch.training.loop import fit
 from crosspatch.training.measure import resolve_products, settle_length
 from crosspatch.training.objective import make_objective
-from crosspatch.training.package import build_model, take_weights
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
@@ -35,8 +34,7 @@ from crosspatch.training.recipes import load_recipe
 from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.resuming import Asked, begun_reading, continue_run, with_defaults
 from crosspatch.training.run import RunFolder
-from crosspatch.training.state import BEFORE, GOOD, LAST
-from crosspatch.training.weights import Found, find, match_heads, refuse_seen
+from crosspatch.training.start import plan_with_weights, saved_model
 from crosspatch.versions import installed
 
 VERSIONED = ("torch", "numpy", "timm", "lightning-fabric", "safetensors", "pillow")
@@ -107,7 +105,7 @@ def _train(
             recipe, pictures, config = _begin(
                 run, source, source_spec, reading, given, reporter, began
             )
-        model = _saved_model(run, recipe, len(source.classes)) if begun else None
+        model = saved_model(run, recipe, len(source.classes)) if begun else None
         objective = make_objective(recipe, source.classes, model)
         _announce(run, recipe, pictures, config, objective, reporter)
         facts = {"fingerprint": pictures.fingerprint, "versions": config["versions"]}
@@ -149,7 +147,7 @@ def _begin(
     seed, look, machine = given.get("seed", 0), survey(source), machines.look()
     guess = make_split(source, seed=seed)
     shape = (look, len(guess.train), len(source.classes), machine)
-    first, settings, found, remarks = _plan_with_weights(shape, given)
+    first, beginning = plan_with_weights(shape, given, reporter)
     if first.penalties and team.size() > 1:
         raise UsageError(
             f"{team.size()} processes with --recipe {first.name}",
@@ -161,13 +159,8 @@ def _begin(
     split = make_split(source, keep=prepared.kept, seed=seed, twins=alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
     _require_alike(pictures)
-    if found is not None and found.kind == "run":
-        refuse_seen(found, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
-    recipe, reasons = plans.plan(*shape, settings, found)
-    reasons += remarks
-    recipe, said = _with_head(recipe, found, source.classes)
-    reasons += said
+    recipe, reasons = beginning.plan(shape, pictures)
     kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     task = "multilabel" if source.multi else "classify"
@@ -235,49 +228,6 @@ def _require_alike(pictures: Pictures) -> None:
                 "the same files on every machine",
                 "copy the data anew, or use a shared folder",
             )
-
-
-def _plan_with_weights(
-    shape: tuple[Any, ...], given: dict[str, Any]
-) -> tuple[Recipe, dict[str, Any], Found | None, list[str]]:
-    """(the first plan, the settings it was made with, the weights it begins with, remarks).
-
-    Where a recipe that wants weights finds none, `small` is what is trained from scratch. Weights
-    that do not fit are refused here, before a picture is read.
-    """
-    recipe, _ = plans.plan(*shape, given)
-    asked = given.get("weights", load_recipe(recipe.name).WEIGHTS)
-    remarks: list[str] = []
-    found = find(asked, recipe.model, given, remarks)
-    if found is None and load_recipe(recipe.name).FREEZE:
-        given = {**given, "recipe": "small"}
-    recipe, _ = plans.plan(*shape, given, found)
-    if found is not None:
-        build_model(recipe, shape[2])
-    return recipe, given, found, remarks
-
-
-def _with_head(
-    recipe: Recipe, found: Found | None, classes: tuple[str, ...]
-) -> tuple[Recipe, list[str]]:
-    """(the recipe with the rows of the head that are taken over, what is said about it)."""
-    if found is None or recipe.penalties:
-        return recipe, []
-    if found.kind == "run":
-        rows, said = match_heads(found.classes, classes)
-        return replace(recipe, head_rows=rows), [said]
-    there = take_weights(build_model(replace(recipe, weights={}), len(classes)), recipe)
-    if there is None:
-        return recipe, ["They have no head: it is fresh."]
-    kept = "taken as it is: it names none" if there == len(classes) else "left away: it is fresh"
-    return recipe, [f"Their head of {there:,} classes is {kept}."]
-
-
-def _saved_model(run: RunFolder, recipe: Recipe, classes: int) -> Any:
-    """A model for the run's state to fill, or None while there is none: only then are the weights
-    it began with read once more."""
-    saved = team.share(any((run.last / name).is_file() for name in (LAST, BEFORE, GOOD)))
-    return build_model(replace(recipe, weights={}), classes) if saved else None
 
 
 def _labels(source: Source) -> dict[str, Any] | None:

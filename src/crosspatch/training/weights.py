@@ -8,7 +8,7 @@ over, class by class by name; `refuse_seen` keeps pictures that trained a run fr
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from crosspatch.errors import DataError, UsageError, near, option
 from crosspatch.training.package import WEIGHTS as TENSORS
 from crosspatch.training.package import file_hash, model_folder, read_config
 from crosspatch.training.pictures import Pictures
-from crosspatch.training.released import PATIENT, QUICK, Release, release_of
+from crosspatch.training.released import PATIENT, QUICK, Release, names, release_of
 from crosspatch.training.run import RunFolder
 
 NONE, AUTO = "none", "auto"
@@ -53,17 +53,24 @@ class Found:
         return {"kind": self.kind, "where": self.where, "path": path, "sha256": self.sha256}
 
 
-def find(asked: str, model: str, typed: Mapping[str, Any], reasons: list[str]) -> Found | None:
+def find(
+    asked: str,
+    model: str,
+    typed: Mapping[str, Any],
+    reasons: list[str],
+    tell: Callable[[str], None],
+) -> Found | None:
     """What --weights `asked` means; None: from scratch, and why stands in `reasons`.
 
-    model: the one that is planned or asked for; typed: what the user typed. The network is asked
+    model: the one that is planned or asked for; typed: what the user typed; tell: hears the command
+    that would fetch weights, in one piece. The network is asked
     for a NAME that the cache lacks, and for auto, shortly. Raises UsageError or DataError for
     weights that are not there, cannot be read, or are of another model than --model.
     """
     if asked == NONE:
         return None
     if asked == AUTO:
-        return _auto(model, reasons)
+        return _auto(model, reasons, tell)
     path = Path(asked).expanduser()
     found = _of_path(asked, path) if path.exists() else _of_name(asked, path)
     named = found.shape.get("model")
@@ -76,7 +83,7 @@ def find(asked: str, model: str, typed: Mapping[str, Any], reasons: list[str]) -
     return found
 
 
-def _auto(model: str, reasons: list[str]) -> Found | None:
+def _auto(model: str, reasons: list[str], tell: Callable[[str], None]) -> Found | None:
     release = release_of(model)
     if release is None:
         reasons.append(
@@ -89,10 +96,8 @@ def _auto(model: str, reasons: list[str]) -> Found | None:
         try:
             path = release.fetch(QUICK)
         except DataError as error:
-            reasons.append(
-                f"Trained from scratch: {error.got}. With a network this fetches them: "
-                f"{release.command}"
-            )
+            reasons.append(f"Trained from scratch: {error.got}.")
+            tell(f"With a network this fetches weights: {release.command}")
             return None
     return _of_release(release, path)
 
@@ -108,11 +113,9 @@ def _of_name(asked: str, path: Path) -> Found:
         )
     release = release_of(asked)
     if release is None:
-        from timm import list_pretrained
-
         raise UsageError(
             f"{asked} has no released weights in safetensors",
-            f"a name from timm.list_pretrained(); near: {near(asked, list_pretrained())}",
+            f"a name of timm.list_pretrained(); near: {near(asked, names())}",
             "name another, or leave --weights away",
         )
     return _of_release(release, release.cached() or release.fetch(PATIENT))
@@ -179,8 +182,8 @@ def _of_file(asked: str, path: Path) -> Found:
 def conversion(path: Path) -> str:
     """The command that makes a .safetensors file of a file of torch, in the user's environment."""
     code = (
-        "import torch, safetensors.torch as s; "
-        f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
+        "import torch as t, safetensors.torch as s; "
+        f"d = t.load({str(path)!r}, map_location='cpu', weights_only=True); "
         "d = d.get('model', d.get('state_dict', d)); "
         "s.save_file({k: v.clone().contiguous() for k, v in d.items()}, "
         f"{str(path.with_suffix(ENDING))!r})"
