@@ -3,39 +3,29 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-import crosspatch
-from crosspatch.data.prepare import survey, write_skipped
 from crosspatch.data.sources import Source, open_source
-from crosspatch.data.split import SPLITS, Split, gaps, make_split, write_split
-from crosspatch.errors import DataError, UsageError
-from crosspatch.training import machine as machines
+from crosspatch.data.split import SPLITS, Split
+from crosspatch.errors import UsageError
 from crosspatch.training import plan as plans
 from crosspatch.training import team
-from crosspatch.training.balance import resolve_balance
 from crosspatch.training.judge import finish, split_sizes, weight
 from crosspatch.training.loop import fit
-from crosspatch.training.measure import resolve_products, settle_length
 from crosspatch.training.objective import make_objective
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
-from crosspatch.training.recipes import load_recipe
 from crosspatch.training.reporter import Reporter, Silent
-from crosspatch.training.resuming import Asked, begun_reading, continue_run, with_defaults
+from crosspatch.training.resuming import Asked, begun_reading, continue_run
 from crosspatch.training.run import RunFolder
-from crosspatch.training.start import plan_with_weights, saved_model
-from crosspatch.versions import installed
+from crosspatch.training.start import require_alike, start_run, versions_of
+from crosspatch.training.warmstart import saved_model
 
 VERSIONED = ("torch", "numpy", "timm", "lightning-fabric", "safetensors", "pillow")
 SLOWER = 1.25  # a shared machine may take this much longer than the estimate
@@ -102,7 +92,7 @@ def _train(
             asked = Asked(given, whole=not resume, force=force)
             recipe, pictures, config = _continue(run, source, asked, reporter)
         else:
-            recipe, pictures, config = _begin(
+            recipe, pictures, config = start_run(
                 run, source, source_spec, reading, given, reporter, began
             )
         model = saved_model(run, recipe, len(source.classes)) if begun else None
@@ -133,71 +123,6 @@ def _nothing_to_force(out: Path) -> UsageError:
     )
 
 
-def _begin(
-    run: RunFolder,
-    source: Source,
-    spec: str | Path,
-    reading: dict[str, Any],
-    given: dict[str, Any],
-    reporter: Reporter,
-    began: float,
-) -> tuple[Recipe, Pictures, dict[str, Any]]:
-    """Plan, decode, divide, measure; write what the folder needs before the first step."""
-    given = with_defaults(source, given)
-    seed, look, machine = given.get("seed", 0), survey(source), machines.look()
-    guess = make_split(source, seed=seed)
-    shape = (look, len(guess.train), len(source.classes), machine)
-    first, beginning = plan_with_weights(shape, given, reporter)
-    if first.penalties and team.size() > 1:
-        raise UsageError(
-            f"{team.size()} processes with --recipe {first.name}",
-            "one process: a linear probe takes seconds",
-            "leave --devices away",
-        )
-    prepared = read_pictures(source, first, reporter)
-    alike = (*prepared.twins, *prepared.near)
-    split = make_split(source, keep=prepared.kept, seed=seed, twins=alike)
-    pictures = Pictures(source, prepared, split, source.fingerprint())
-    _require_alike(pictures)
-    shape = (look, len(split.train), len(source.classes), machine)
-    recipe, reasons = beginning.plan(shape, pictures)
-    kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
-    workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
-    task = "multilabel" if source.multi else "classify"
-    recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
-    recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
-    reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
-    recipe = Recipe.from_dict(team.share(recipe.to_dict()))
-    if load_recipe(recipe.name).RANGE and "lr" not in given:
-        reporter.message("looking for the rate: some steps of a copy, thrown away afterwards")
-    recipe, estimate = settle_length(recipe, pictures, given, reasons, began)
-    recipe = Recipe.from_dict(team.share(recipe.to_dict()))
-    if not recipe.penalties:
-        reasons.append(plans.describe_augment(recipe))
-    config = {
-        "run": {
-            "data": str(spec),
-            "command": " ".join(sys.argv),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "fingerprint": pictures.fingerprint,
-            "estimate_seconds": round(estimate, 1),
-            "memory": prepared.message,
-        },
-        "reading": reading,
-        "why": {"reasons": reasons},
-        "asked": {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()},
-        "machine": machine.to_dict(),
-        "versions": _versions(recipe),
-        "recipe": recipe.to_dict(),
-    }
-    if team.first():
-        run.write_classes(source.classes)
-        write_split(run.path / "split.csv", source, split)
-        write_skipped(run.path / "skipped.csv", prepared.skipped)
-        run.write_config(config)
-    return recipe, pictures, config
-
-
 def _continue(
     run: RunFolder, source: Source, asked: Asked, reporter: Reporter
 ) -> tuple[Recipe, Pictures, dict[str, Any]]:
@@ -211,23 +136,9 @@ def _continue(
         recipe, split = Recipe.from_dict(settings), Split(*(np.array(p, np.int64) for p in parts))
         prepared = read_pictures(source, recipe, reporter)
         pictures = Pictures(source, prepared, split, source.fingerprint())
-    _require_alike(pictures)
+    require_alike(pictures)
     recipe = recipe.by(team.size())
-    return recipe, pictures, {**config, "versions": _versions(recipe)}
-
-
-def _require_alike(pictures: Pictures) -> None:
-    """Raises DataError when the processes of a team do not read the same pictures."""
-    kept = pictures.prepared.kept
-    mine = [pictures.fingerprint, len(kept), int(kept.sum())]
-    for number, theirs in enumerate(team.gather(mine)):
-        if theirs != mine:
-            raise DataError(
-                f"process {number + 1} reads {theirs[1]:,} pictures that are not the {len(kept):,} "
-                f"of process {team.rank() + 1}",
-                "the same files on every machine",
-                "copy the data anew, or use a shared folder",
-            )
+    return recipe, pictures, {**config, "versions": versions_of(recipe)}
 
 
 def _labels(source: Source) -> dict[str, Any] | None:
@@ -240,12 +151,6 @@ def _labels(source: Source) -> dict[str, Any] | None:
         "most": int(counts.max()),
         "none": int((counts == 0).sum()),
     }
-
-
-def _versions(recipe: Recipe) -> dict[str, str]:
-    found = {"crosspatch": crosspatch.__version__, "python": platform.python_version()}
-    found |= {name: given or "unknown" for name, given in installed(VERSIONED).items()}
-    return {**found, "threads": str(recipe.threads), "device": recipe.device}
 
 
 def _announce(

@@ -1,86 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a training starts: the plan with the weights that it begins with, and the model of a run that
-goes on."""
+"""What a run begins with: looked at, planned, decoded, divided, measured; and written down."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import platform
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+import crosspatch
+from crosspatch.data.prepare import survey, write_skipped
+from crosspatch.data.sources import Source
+from crosspatch.data.split import gaps, make_split, write_split
+from crosspatch.errors import DataError, UsageError
+from crosspatch.training import machine as machines
 from crosspatch.training import plan as plans
-from crosspatch.training.package import build_model, take_weights
-from crosspatch.training.pictures import Pictures
+from crosspatch.training import team
+from crosspatch.training.balance import resolve_balance
+from crosspatch.training.measure import resolve_products, settle_length
+from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
 from crosspatch.training.reporter import Reporter
+from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
-from crosspatch.training.state import BEFORE, LAST
-from crosspatch.training.weights import Found, find, match_heads, refuse_seen
+from crosspatch.training.warmstart import plan_with_weights
+from crosspatch.versions import installed
 
-Shape = tuple[Any, int, int, Any]
-"""What a plan is made for: survey, pictures to train on, classes, machine."""
-
-
-@dataclass(frozen=True)
-class Begun:
-    """Settings to plan with, the weights that were found, and what is to be said of them."""
-
-    settings: dict[str, Any]
-    found: Found | None
-    remarks: list[str] = field(default_factory=list)
-
-    def plan(self, shape: Shape, pictures: Pictures) -> tuple[Recipe, list[str]]:
-        """(recipe, reasons) for the pictures that could be read.
-
-        Raises UsageError where the weights have seen pictures that would judge them here.
-        """
-        if self.found is not None and self.found.kind == "run":
-            refuse_seen(self.found, pictures)
-        recipe, reasons = plans.plan(*shape, self.settings, self.found)
-        recipe, said = _with_head(recipe, self.found, pictures.source.classes)
-        return recipe, [*reasons, *self.remarks, *said]
+VERSIONED = ("torch", "numpy", "timm", "lightning-fabric", "safetensors", "pillow")
 
 
-def plan_with_weights(
-    shape: Shape, given: dict[str, Any], reporter: Reporter
-) -> tuple[Recipe, Begun]:
-    """(the first plan, what the next one is made with).
+def start_run(
+    run: RunFolder,
+    source: Source,
+    spec: str | Path,
+    reading: dict[str, Any],
+    given: dict[str, Any],
+    reporter: Reporter,
+    began: float,
+) -> tuple[Recipe, Pictures, dict[str, Any]]:
+    """(recipe, pictures, config) of a new run; the folder has what it needs before the first step.
 
-    Where a recipe that wants weights finds none, `small` is what is trained from scratch. Weights
-    that do not fit are refused here, before a picture is read; raises as `weights.find` does.
+    spec, reading: the data as they were named, and how they are read; given: the settings typed;
+    began: when the command did, by `time.perf_counter`. Raises UsageError and DataError.
     """
-    recipe, _ = plans.plan(*shape, given)
-    source, remarks = load_recipe(recipe.name), list[str]()
-    asked = given.get("weights", source.WEIGHTS)
-    found = find(asked, recipe.model, given, remarks, reporter.message)
-    if found is None and source.FREEZE:
-        given = {**given, "recipe": "small"}
-    recipe, _ = plans.plan(*shape, given, found)
-    if found is not None:
-        build_model(recipe, shape[2])
-    return recipe, Begun(given, found, remarks)
+    given, machine = with_defaults(source, given), machines.look()
+    recipe, pictures, reasons = _planned(source, given, machine, reporter)
+    recipe, estimate = settle_length(recipe, pictures, given, reasons, began)
+    recipe = Recipe.from_dict(team.share(recipe.to_dict()))
+    if not recipe.penalties:
+        reasons.append(plans.describe_augment(recipe))
+    config = {
+        "run": {
+            "data": str(spec),
+            "command": " ".join(sys.argv),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "fingerprint": pictures.fingerprint,
+            "estimate_seconds": round(estimate, 1),
+            "memory": pictures.prepared.message,
+        },
+        "reading": reading,
+        "why": {"reasons": reasons},
+        "asked": {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()},
+        "machine": machine.to_dict(),
+        "versions": versions_of(recipe),
+        "recipe": recipe.to_dict(),
+    }
+    if team.first():
+        run.write_classes(source.classes)
+        write_split(run.path / "split.csv", source, pictures.split)
+        write_skipped(run.path / "skipped.csv", pictures.prepared.skipped)
+        run.write_config(config)
+    return recipe, pictures, config
 
 
-def _with_head(
-    recipe: Recipe, found: Found | None, classes: tuple[str, ...]
-) -> tuple[Recipe, list[str]]:
-    """(the recipe with the rows of the head that are taken over, what is said about it)."""
-    if found is None or recipe.penalties:
-        return recipe, []
-    if found.kind == "run":
-        rows, said = match_heads(found.classes, classes)
-        return replace(recipe, head_rows=rows), [said]
-    there = take_weights(build_model(replace(recipe, weights={}), len(classes)), recipe)
-    if there is None:
-        return recipe, ["They have no head: it is fresh."]
-    kept = "taken as it is: it names none" if there == len(classes) else "left away: it is fresh"
-    return recipe, [f"Their head of {there:,} classes is {kept}."]
+def _planned(
+    source: Source, given: dict[str, Any], machine: machines.Machine, reporter: Reporter
+) -> tuple[Recipe, Pictures, list[str]]:
+    """(recipe but for its length, pictures, reasons). What is planned for the pictures that are
+    there decides how they are decoded; those that can be read, what is trained."""
+    seed, look = given.get("seed", 0), survey(source)
+    guess = make_split(source, seed=seed)
+    shape = (look, len(guess.train), len(source.classes), machine)
+    first, beginning = plan_with_weights(shape, given, reporter)
+    _require_able(first)
+    prepared = read_pictures(source, first, reporter)
+    alike = (*prepared.twins, *prepared.near)
+    split = make_split(source, keep=prepared.kept, seed=seed, twins=alike)
+    pictures = Pictures(source, prepared, split, source.fingerprint())
+    require_alike(pictures)
+    shape = (look, len(split.train), len(source.classes), machine)
+    recipe, reasons = beginning.plan(shape, pictures)
+    kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
+    workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
+    task = "multilabel" if source.multi else "classify"
+    recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
+    recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
+    reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
+    if load_recipe(recipe.name).RANGE and "lr" not in given:
+        reporter.message("looking for the rate: some steps of a copy, thrown away afterwards")
+    return Recipe.from_dict(team.share(recipe.to_dict())), pictures, reasons
 
 
-def saved_model(run: RunFolder, recipe: Recipe, classes: int) -> nn.Module | None:
-    """A model for the run's state to fill, or None while there is none: only then are the weights
-    it began with read once more."""
-    saved = any((run.last / name).is_file() for name in (LAST, BEFORE))
-    return build_model(replace(recipe, weights={}), classes) if saved else None
+def _require_able(recipe: Recipe) -> None:
+    """Raises UsageError where several processes are too many for a recipe."""
+    if recipe.penalties and team.size() > 1:
+        raise UsageError(
+            f"{team.size()} processes with --recipe {recipe.name}",
+            "one process: a linear probe takes seconds",
+            "leave --devices away",
+        )
+
+
+def require_alike(pictures: Pictures) -> None:
+    """Raises DataError when the processes of a team do not read the same pictures."""
+    kept = pictures.prepared.kept
+    mine = [pictures.fingerprint, len(kept), int(kept.sum())]
+    for number, theirs in enumerate(team.gather(mine)):
+        if theirs != mine:
+            raise DataError(
+                f"process {number + 1} reads {theirs[1]:,} pictures that are not the {len(kept):,} "
+                f"of process {team.rank() + 1}",
+                "the same files on every machine",
+                "copy the data anew, or use a shared folder",
+            )
+
+
+def versions_of(recipe: Recipe) -> dict[str, str]:
+    """What the numbers of a run may depend on."""
+    found = {"crosspatch": crosspatch.__version__, "python": platform.python_version()}
+    found |= {name: given or "unknown" for name, given in installed(VERSIONED).items()}
+    return {**found, "threads": str(recipe.threads), "device": recipe.device}
