@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from crosspatch.cli.main import main
 from crosspatch.data.sources import open_source
+from crosspatch.errors import DataError
 from crosspatch.training import loop, plan, session
-from crosspatch.training.state import LAST, load_state
+from crosspatch.training.state import LAST, load_state, read_state
 
 NOTHING = "nothing"
 TIMES = ("elapsed", "images_per_second")
@@ -208,9 +209,10 @@ class Stage:
 
 def saved(out: Path) -> int:
     """The step of the newest state; -1 without one."""
-    if not (out / "last" / LAST).exists():
+    try:
+        return read_state(out / "last" / LAST)[1]["step"]
+    except (DataError, RuntimeError):  # none yet, or moved on while it was read
         return -1
-    return load_state(out / "last")[1]["step"]
 
 
 def results(out: Path) -> dict[str, Any]:

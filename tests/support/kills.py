@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.optim import AdamW
 
-from crosspatch.data import prepare
+from crosspatch.data.preprocess import Preprocess
 from crosspatch.objectives.supervised import Supervised
 from crosspatch.training import evaluation, judge, loop, state
 from crosspatch.training.optim import Ema
@@ -130,8 +130,8 @@ def while_writing(write: int, tensor: int, pause: float = 0.05) -> Hook:
 
 
 WHEN: dict[str, Hook] = {
-    "reading the first picture": before_call(prepare, "load_picture"),
-    "reading the last pictures": before_call(prepare, "load_picture", 70),
+    "reading the first picture": before_call(Preprocess, "fit_image"),
+    "reading the last pictures": before_call(Preprocess, "fit_image", 70),
     "the first validation": before_call(evaluation, "normalise"),
     "a later validation": before_call(evaluation, "normalise", 2),
     "writing the model": before_call(loop, "save_model"),

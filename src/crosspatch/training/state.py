@@ -169,7 +169,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             note = (file.metadata() or {}).get(KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise _unusable(path, f"is torn or is no safetensors file ({error})") from error
     if note is None:
         raise _unusable(path, "holds no training state")
