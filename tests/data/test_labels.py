@@ -222,7 +222,7 @@ shares = st.lists(st.floats(0.02, 0.9), min_size=1, max_size=6)
 
 
 @settings(max_examples=60, deadline=None)
-@given(shares, st.integers(30, 150), st.integers(0, 1000))
+@given(shares, st.integers(12, 150), st.integers(0, 1000))
 def test_splits_keep_the_shares_of_every_label(drawn, count, seed) -> None:
     source = Drawn(drawn, count, seed)
     split = make_split(source, seed=seed)
@@ -233,7 +233,8 @@ def test_splits_keep_the_shares_of_every_label(drawn, count, seed) -> None:
     counts = {name: source.counts(part) for name, part in parts.items()}
     assert (counts["train"] >= 1).all()
     for name, share in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
-        assert abs(len(parts[name]) - share * count) <= 4 + 0.02 * count
+        forced = len(drawn) * (2 if name == "train" else 1)  # a picture of each rare class moves
+        assert abs(len(parts[name]) - share * count) <= 2 + forced
         assert (np.abs(counts[name] - share * total) <= 3.5).all(), (name, counts)
     again = make_split(source, seed=seed)
     assert all(np.array_equal(getattr(again, name), part) for name, part in parts.items())
