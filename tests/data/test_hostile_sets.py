@@ -26,7 +26,7 @@ from crosspatch.data import archives, prepare
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.sources import open_source
 from crosspatch.data.split import make_split
-from crosspatch.training import session
+from crosspatch.training import start
 from support import hostile
 
 PREPROCESS = Preprocess((16, 16), (16, 16))
@@ -339,14 +339,14 @@ def cut(path: Path) -> None:
 def test_a_file_that_is_lost_between_listing_and_decoding_is_listed(
     harm, reason, root, tmp_path, capfd, monkeypatch
 ):
-    look = session.survey
+    look = start.survey
 
     def lose(source):
         found = look(source)
         harm(root / "discs/0001.jpg")
         return found
 
-    monkeypatch.setattr(session, "survey", lose)
+    monkeypatch.setattr(start, "survey", lose)
     code, said = train(root, tmp_path / "run", capfd)
     assert code == 0
     assert "11 pictures in 3 classes, 1 left out" in said
@@ -364,8 +364,8 @@ def test_a_file_that_is_lost_while_training_from_disk_ends_it_by_name(
         for path in root.rglob("*.jpg"):
             harm(path)
 
-    write_split = session.write_split
-    monkeypatch.setattr(session, "write_split", lose)
+    write_split = start.write_split
+    monkeypatch.setattr(start, "write_split", lose)
     monkeypatch.setattr(prepare, "free_memory", lambda: 0)
     code, said = train(root, tmp_path / "run", capfd)
     assert code == 3, said

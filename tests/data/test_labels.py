@@ -222,7 +222,7 @@ shares = st.lists(st.floats(0.02, 0.9), min_size=1, max_size=6)
 
 
 @settings(max_examples=60, deadline=None)
-@given(shares, st.integers(12, 150), st.integers(0, 1000))
+@given(shares, st.integers(30, 150), st.integers(0, 1000))
 def test_splits_keep_the_shares_of_every_label(drawn, count, seed) -> None:
     source = Drawn(drawn, count, seed)
     split = make_split(source, seed=seed)
