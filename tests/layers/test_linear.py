@@ -184,7 +184,7 @@ def test_the_mode_is_set_resolved_once_and_put_back(monkeypatch) -> None:
         assert not active()
     assert active()
     asked = []
-    monkeypatch.setattr(module, "remembered", lambda file, key, make: make())
+    monkeypatch.setattr(module, "remembered", lambda file, key, make, fits: make())
     for ratio in (module.WORTH * 1.01, module.WORTH * 0.99):
         monkeypatch.setattr(module, "measure", lambda r=ratio: asked.append(r) or r)
         monkeypatch.setattr(module, "_on", None)
