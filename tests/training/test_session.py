@@ -145,6 +145,16 @@ def test_a_run_that_has_ended_goes_on_to_more_epochs(opened, tmp_path, monkeypat
     assert third["steps"] == first["steps"] * 2
 
 
+def test_a_recipe_of_one_cosine_says_why_it_goes_on_no_longer(opened, tmp_path):
+    train_run("stripes", tmp_path / "r", {**TINY, "epochs": 1, "recipe": "deit"}, Told())
+    report = (tmp_path / "r" / "report.json").read_text()
+    with pytest.raises(UsageError, match=r"--recipe deit that has ended: its one cosine"):
+        train_run("stripes", tmp_path / "r", {"epochs": 2}, Told(), resume=True)
+    with pytest.raises(UsageError, match=r"--lr 0.1 .was 0.005."):
+        train_run("stripes", tmp_path / "r", {"lr": 0.1}, Told(), resume=True)
+    assert (tmp_path / "r" / "report.json").read_text() == report
+
+
 def test_unreadable_pictures_are_left_out_everywhere(opened, tmp_path, monkeypatch):
     bad = {0, 30, 71}
     real = type(opened).read
