@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from faults import files, kills, world
+from faults import files, kills, team, world
 from faults import stage as stages
 from faults.stage import NOTHING, Case, Stage
 
 __all__ = ["CASES", "NOTHING", "Case", "Stage"]
 
-ROOMS = (kills, files, world)
+ROOMS = (kills, files, world, team)
 CASES = [one for room in ROOMS for one in stages.CASES if one.do.__module__ == room.__name__]

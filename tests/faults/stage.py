@@ -96,6 +96,8 @@ class Command:
             code = main(words)
         except KeyboardInterrupt:
             code = 130
+        except SystemExit as end:  # of several processes that end, one that lets another speak
+            code = int(end.code or 0)
         finally:
             sys.stdout.flush()
             os._exit(code)
