@@ -11,11 +11,12 @@ mparams, state_mb    of the model; of the state with the average and two moments
 step_ms, step_cpu_ms    a step beside no write, median; CPU time of its thread
 held_ms              what a save holds the training (checks, copy, start of the thread), median;
                      held_first_ms: the first, which asks the system for the memory of the copy
-beside_ms            by how much more CPU time the steps beside a write took, all together, median
-                     (CPU time, as other jobs share the cores; meant for one thread)
+beside_ms            by how much more CPU time of their thread the steps beside a write took (those
+                     that began while it ran), all together, median; beside_wall_ms: by the clock,
+                     which other jobs on the cores change as well
 cpu_ms, write_ms     CPU time of the writing thread; time until the state lies on the disk; medians
-share                (held + beside) of `every` steps, in percent; one_percent_ms: the step time
-                     from which on that is below 1 %
+share                (held + beside) of `every` steps, in percent, and share_wall with the time by
+                     the clock; one_percent_ms: the step time from which on `share` is below 1 %
 resume_s             from the call with `resume` to the first step, without what stands under
                      `build_s` and `pictures_s`; of it read_s (file and checksum), restore_s (into
                      model, average and optimiser), count_s (multiply-adds, for the first screen)
@@ -92,25 +93,34 @@ class Saving(Silent):
 
     def __init__(self, fits: list[Any], saves: int) -> None:
         self.fits, self.saves = fits, saves
-        self.alone: list[float] = []
-        self.beside: list[list[float]] = [[]]
-        self.walls: list[float] = []
-        self.seen, self.last, self.cpu = 0, time.perf_counter(), time.thread_time()
+        self.alone: list[tuple[float, float]] = []
+        self.beside: list[list[tuple[float, float]]] = [[]]
+        self.seen, self.busy, self.began = 0, False, now()
 
     def step(self, done: int, total: int, loss: float, images_per_second: float) -> None:
-        fit, took = self.fits[-1], time.thread_time() - self.cpu
-        writing, self.seen = fit.writer._thread is not None, self.seen + 1
+        fit, took = self.fits[-1], tuple(b - a for a, b in zip(self.began, now(), strict=True))
+        self.seen += 1
         if self.seen > WARM:
-            (self.beside[-1] if writing else self.alone).append(took)
-            self.walls += [] if writing else [time.perf_counter() - self.last]
-        fit.writer.check()
+            (self.beside[-1] if self.busy else self.alone).append(took)
         if self.seen % GAP == 0:
             fit.writer.wait()
             if len(self.beside) > self.saves:
                 raise Enough
             self.beside.append([])
             fit._save()
-        self.last, self.cpu = time.perf_counter(), time.thread_time()
+        self.busy = fit.writer._thread is not None and fit.writer._thread.is_alive()
+        self.began = now()
+
+    def longer(self, clock: int) -> list[float]:
+        """By how many seconds (0: of CPU, 1: by the clock) the steps beside each write were
+        longer than the median of the others."""
+        usual = statistics.median(took[clock] for took in self.alone)
+        return [sum(took[clock] - usual for took in some) for some in self.beside[1:]]
+
+
+def now() -> tuple[float, float]:
+    """CPU seconds of this thread, and seconds of the clock."""
+    return time.thread_time(), time.perf_counter()
 
 
 def run(
@@ -141,20 +151,22 @@ def saving(source: Source, folder: Path, settings: dict[str, Any], asked: Any) -
     held, written = Timed(loop._Fit, "_save"), Timed(StateWriter, "_write")
     reporter = Saving(fits, asked.saves)
     run(source, folder, settings, reporter)
-    alone = statistics.median(reporter.alone)
-    longer = [sum(some) - alone * len(some) for some in reporter.beside[1:]]
-    cost = statistics.median(held.wall[2:]) + max(0.0, statistics.median(longer))
+    cpu, clock = ([took[place] for took in reporter.alone] for place in (0, 1))
+    stop, usual = statistics.median(held.wall[2:]), statistics.median(clock)
+    cost, by_clock = (stop + statistics.median(reporter.longer(place)) for place in (0, 1))
     return {
         "mparams": round(sum(p.numel() for p in fits[0].stepper.objective.parameters()) / 1e6, 2),
         "state_mb": round((folder / "last" / "last.safetensors").stat().st_size / 1e6, 1),
-        "step_ms": milliseconds(reporter.walls),
-        "step_cpu_ms": milliseconds(reporter.alone),
+        "step_ms": milliseconds(clock),
+        "step_cpu_ms": milliseconds(cpu),
         "held_ms": milliseconds(held.wall[2:]),
         "held_first_ms": milliseconds(held.wall[:2][-1:]),
-        "beside_ms": milliseconds(longer),
+        "beside_ms": milliseconds(reporter.longer(0)),
+        "beside_wall_ms": milliseconds(reporter.longer(1)),
         "cpu_ms": milliseconds(written.cpu[1:]),
         "write_ms": milliseconds(written.wall[1:]),
-        "share": round(100 * cost / (asked.every * alone), 3),
+        "share": round(100 * cost / (asked.every * usual), 3),
+        "share_wall": round(100 * by_clock / (asked.every * usual), 3),
         "one_percent_ms": round(1e5 * cost / asked.every, 1),
     }
 
