@@ -20,7 +20,7 @@ import crosspatch._torchvision  # noqa: F401
 import numpy as np
 
 from crosspatch.cli.eval import choose, match_classes
-from crosspatch.data.sources import open_source
+from crosspatch.data.opening import open_source
 from crosspatch.deploy.bundle import read_bundle
 from crosspatch.deploy.engines import available
 from crosspatch.deploy.export import export

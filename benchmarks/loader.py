@@ -37,9 +37,9 @@ import crosspatch as xp
 from crosspatch.data.augment import AugmentConfig, augment, normalise
 from crosspatch.data.decode import decode
 from crosspatch.data.loading import Batch, train_batches
+from crosspatch.data.opening import open_source
 from crosspatch.data.prepare import ImageSet, prepare
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.data.sources import open_source
 from hardware import processor
 
 SIDE, BATCH = 256, 128

@@ -24,7 +24,8 @@ from PIL import Image, ImageEnhance
 
 from crosspatch.data.decode import decode
 from crosspatch.data.near import fingerprint, near_groups, near_pairs
-from crosspatch.data.sources import Source, open_source
+from crosspatch.data.opening import open_source
+from crosspatch.data.sources import Source
 from hardware import RESULTS, append, facts
 
 TIMED = 50_000

@@ -66,7 +66,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     from PIL import Image
 
     def make(folder: Path) -> None:
-        from crosspatch.data.sources import open_source
+        from crosspatch.data.opening import open_source
 
         source = open_source("digits")
         for index, item in enumerate(source.items):

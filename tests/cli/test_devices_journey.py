@@ -82,6 +82,24 @@ def test_more_processes_than_a_batch_has_pictures(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_one_process_meets_ends_both_and_is_said_once(tmp_path):
+    """As on two machines of which one lacks the data; `launch` gives both the same folder."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    place["LOCAL_WORLD_SIZE"] = "2"
+    both = [
+        start("train", data, "--out", tmp_path / "run", **place, RANK=rank, LOCAL_RANK=rank)
+        for rank, data in (("0", "digits"), ("1", tmp_path / "gone"))
+    ]
+    first, second = (ended(one, 90) for one in both)
+    assert (first[0], second[0]) == (4, 2)
+    assert "does not exist" in second[2]
+    assert "error" not in first[2] + first[1]
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_process_that_dies_ends_the_other_and_nothing_is_lost(tmp_path, number):

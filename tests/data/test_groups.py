@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from crosspatch.data.copies import leaks
 from crosspatch.data.groups import assign_groups, units
+from crosspatch.data.opening import open_source
 from crosspatch.data.prepare import prepare
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.data.sources import Item, Source, open_source
+from crosspatch.data.sources import Item, Source
 from crosspatch.data.split import SPLITS, make_split
 from crosspatch.errors import DataError, UsageError
 from support import hostile

@@ -23,8 +23,8 @@ from PIL import Image
 
 from crosspatch.cli.main import main
 from crosspatch.data import archives, prepare
+from crosspatch.data.opening import open_source
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.data.sources import open_source
 from crosspatch.data.split import make_split
 from crosspatch.training import start
 from support import hostile

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosspatch.data.labels import holds_several, names_in
+from crosspatch.data.opening import open_source
 from crosspatch.data.prepare import prepare
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.data.sources import Item, Source, open_source
+from crosspatch.data.sources import Item, Source
 from crosspatch.data.split import SPLITS, gaps, make_split, read_split, write_split
 from crosspatch.errors import DataError
 from support import several

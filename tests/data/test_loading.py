@@ -13,9 +13,9 @@ from crosspatch.data.loading import (
     steps_per_epoch,
     train_batches,
 )
+from crosspatch.data.opening import open_source
 from crosspatch.data.prepare import prepare
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.data.sources import open_source
 from crosspatch.errors import UsageError
 from support import goldens, hostile
 

@@ -11,9 +11,9 @@ from PIL import Image, ImageEnhance
 
 from crosspatch.data import near
 from crosspatch.data.near import fingerprint, near_groups, near_pairs
+from crosspatch.data.opening import open_source
 from crosspatch.data.prepare import prepare
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.data.sources import open_source
 from crosspatch.data.split import SPLITS, make_split
 from support.hostile import saved
 

@@ -10,9 +10,9 @@ import torch
 
 from crosspatch.data import prepare as module
 from crosspatch.data.decode import UnreadableImage
+from crosspatch.data.opening import open_source
 from crosspatch.data.prepare import free_memory, load_picture, prepare, survey, write_skipped
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.data.sources import open_source
 from crosspatch.errors import DataError
 from support import hostile
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosspatch.data import archives, sources
+from crosspatch.data import archives, opening, sources
 from crosspatch.data.decode import UnreadableImage
 from crosspatch.data.layout import lay_out
-from crosspatch.data.sources import open_source
+from crosspatch.data.opening import open_source
 from crosspatch.data.trees import is_litter, safe_path
 from crosspatch.errors import DataError, UsageError
 from support import hostile
@@ -106,7 +106,7 @@ def test_data_that_may_not_be_read_is_told(folder, monkeypatch):
     def refuse(_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(sources, "FolderTree", refuse)
+    monkeypatch.setattr(opening, "FolderTree", refuse)
     told(folder, UsageError, "Permission denied")
 
 

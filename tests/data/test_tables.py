@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from crosspatch.data import shelf, tables
-from crosspatch.data.sources import open_source
+from crosspatch.data.opening import open_source
 from crosspatch.data.split import make_split
 from crosspatch.errors import DataError, UsageError
 from support import hostile

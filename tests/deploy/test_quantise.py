@@ -200,7 +200,7 @@ def write_run(folder: Path, data: str, split: str) -> Path:
 
 
 def test_calibration_takes_the_validation_pictures_of_the_run(tmp_path: Path) -> None:
-    from crosspatch.data.sources import open_source
+    from crosspatch.data.opening import open_source
 
     source = open_source("digits")
     names = [(item.key, source.classes[item.label]) for item in source.items]

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from crosspatch.cli.screen import Screen
-from crosspatch.data import prepare
+from crosspatch.data.preprocess import Preprocess
 from crosspatch.training import evaluation, judge, loop, state
 from faults.stage import SETTINGS, Found, Stage, case, saved
 from support import kills
@@ -51,7 +51,7 @@ def while_loading(stage: Stage, number: int) -> Found:
 @case("`kill -9` of a process that reads pictures")
 def a_reader(stage: Stage, number: int) -> Found:
     out = stage.new()
-    told = stage.run(out, hooks=(kills.before_call(prepare, "load_picture", 9),))
+    told = stage.run(out, hooks=(kills.before_call(Preprocess, "fit_image", 9),))
     told.must(3, "a process that decodes pictures was killed")
     stage.run(out).must(0)
     return Found("exit 3, named; begun anew", stage.lost(out))

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from crosspatch.cli.main import main
-from crosspatch.data.sources import open_source
+from crosspatch.data.opening import open_source
 from crosspatch.errors import DataError
 from crosspatch.training import loop, plan, session
 from crosspatch.training.state import LAST, load_state, read_state

@@ -126,7 +126,7 @@ def _measure(
 def _opened(run: Path, data: str, reading: dict[str, Any], several: bool) -> Source:
     """The labelled pictures; several: whether the model gives several labels to a picture. Raises
     DataError where the data do and the model does not."""
-    from crosspatch.data.sources import open_source
+    from crosspatch.data.opening import open_source
 
     source = open_source(data, least_classes=1, **{**reading, "group": "none"})
     if source.multi and not several:

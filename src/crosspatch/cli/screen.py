@@ -87,6 +87,11 @@ class Screen:
         """One line that only the terminal wraps, so that paths and commands stay whole."""
         self.console.print(Text(words.visible(text), style), soft_wrap=True)
 
+    def lines(self, rows: Iterable[several.Line]) -> None:
+        """Lines with their styles."""
+        for row in rows:
+            self.line(*row)
+
     def message(self, text: str) -> None:
         """A sentence of the run."""
         self.line(text)
@@ -177,7 +182,7 @@ class Screen:
     def score(self, split: str, metrics: dict[str, Any]) -> None:
         """Accuracy, or mAP, with its interval and the other figures of one split."""
         if "map" in metrics:
-            several.score(self, split, metrics)
+            self.lines(several.score(split, metrics))
             return
         pictures = words.plural(metrics["images"], "picture")
         if metrics.get("accuracy") is None:
@@ -197,7 +202,7 @@ class Screen:
     def worst_classes(self, metrics: dict[str, Any], most: int = 3) -> None:
         """The classes found least often, or with the least average precision."""
         if "map" in metrics:
-            several.worst_classes(self, metrics, most)
+            self.lines(several.worst_classes(metrics, most))
             return
         worst = [row for row in metrics["classes"] if row["recall"] is not None]
         worst = sorted(worst, key=lambda row: (row["recall"], row["name"]))[:most]
@@ -222,7 +227,7 @@ class Screen:
     def class_table(self, metrics: dict[str, Any]) -> None:
         """Precision, recall and F1 of every class that occurs."""
         if "map" in metrics:
-            several.class_table(self, metrics)
+            self.lines(several.class_table(metrics))
             return
         rows = [row for row in metrics["classes"] if row["support"] or row["precision"] is not None]
         width = min(max([5, *(cell_len(words.visible(row["name"])) for row in rows)]), 24)

@@ -12,18 +12,9 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-import multiprocessing
-import os
-import signal
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +25,9 @@ from crosspatch.data.near import fingerprint, near_groups
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.skipped import Skipped, write_skipped
 from crosspatch.data.sources import Source
+from crosspatch.data.workers import pool
 from crosspatch.errors import DataError
+from crosspatch.processor import usable_cores
 
 __all__ = ["ImageSet", "Prepared", "Skipped", "Survey", "prepare", "survey", "write_skipped"]
 
@@ -217,12 +210,6 @@ def free_memory() -> int:
     return free
 
 
-def cores() -> int:
-    """The processor cores this process may use."""
-    available = getattr(os, "sched_getaffinity", None)
-    return len(available(0)) if available else os.cpu_count() or 1
-
-
 def _size(source: Source, index: int) -> tuple[int, int] | None:
     try:
         return source.image_size(index)
@@ -250,8 +237,8 @@ def _fill(
     total, done = len(source), 0
     rows = None if buffer is None else buffer.numpy()
     chunks = [range(at, min(at + _CHUNK, total)) for at in range(0, total, _CHUNK)]
-    count = 1 if total < _FEW and workers is None else workers or cores()
-    with _pool(count, _Job(source, preprocess, rows, source.alike())) as decode_chunk:
+    count = 1 if total < _FEW and workers is None else workers or usable_cores()
+    with pool(count, _Job(source, preprocess, rows, source.alike())) as decode_chunk:
         for chunk, faults, found, printed in decode_chunk(chunks):
             yield from faults
             digests.update(found)
@@ -288,75 +275,6 @@ class _Job:
             if (printed := fingerprint(image)) is not None:
                 prints[index] = printed
         return chunk, faults, digests, prints
-
-
-_job: list[_Job] = []  # in a worker: the one job it was forked for
-
-
-def _adopt(job: _Job) -> None:
-    _job[:] = [job]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which saves a run
-    warnings.simplefilter("ignore")  # remarks of parsers on foreign files; faults are raised
-    threading.Thread(
-        target=_end_with, args=(multiprocessing.parent_process(),), daemon=True
-    ).start()
-
-
-def _end_with(parent: Any) -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent.join()
-    os._exit(1)
-
-
-def _work(chunk: range) -> Result:
-    return _job[0](chunk)
-
-
-Done = Iterator[Result]
-
-
-@contextmanager
-def _pool(workers: int, job: _Job) -> Iterator[Callable[[list[range]], Done]]:
-    """Something that runs the job on chunks, in any order: here, in forked processes, or
-    threads."""
-    if workers == 1:
-        yield lambda chunks: map(job, chunks)
-        return
-    with _executor(workers, job) as (executor, task):
-        try:
-            yield lambda chunks: _completed(executor, task, chunks)
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-@contextmanager
-def _executor(workers: int, job: _Job) -> Iterator[tuple[Executor, Callable]]:
-    if "fork" not in multiprocessing.get_all_start_methods():
-        with ThreadPoolExecutor(workers) as executor:
-            yield executor, job
-        return
-    forking = multiprocessing.get_context("fork")
-    with (
-        warnings.catch_warnings(),
-        ProcessPoolExecutor(workers, forking, _adopt, (job,)) as executor,
-    ):
-        # Python 3.12 and later warn of forking beside threads; a worker takes none of their locks
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        yield executor, _work
-
-
-def _completed(executor: Executor, task: Callable, chunks: list[range]) -> Done:
-    try:
-        for future in as_completed([executor.submit(task, chunk) for chunk in chunks]):
-            yield future.result()
-    except BrokenProcessPool as problem:
-        raise DataError(
-            "a process that decodes pictures was killed, most likely for want of memory",
-            "Each of them holds one picture at a time",
-            "Use fewer: --workers 1",
-        ) from problem
 
 
 def _nothing_readable(source: Source) -> DataError:

@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crosspatch.data.decode import UnreadableImage
+from crosspatch.data.opening import open_source
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.data.sources import Source, open_source
+from crosspatch.data.sources import Source
 from crosspatch.data.split import read_split
 from crosspatch.deploy.bundle import INPUT, KEY, BundleInfo, needed
 from crosspatch.errors import CrosspatchError, DataError

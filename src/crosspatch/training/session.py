@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from crosspatch.data.sources import Source, open_source
+from crosspatch.data.opening import open_source
+from crosspatch.data.sources import Source
 from crosspatch.data.split import SPLITS, Split
 from crosspatch.errors import UsageError
 from crosspatch.training import plan as plans
