@@ -30,6 +30,7 @@ from cyclopts.exceptions import (
 )
 
 import crosspatch
+from crosspatch.cli.options import TOKENS
 from crosspatch.errors import CrosspatchError, Interrupted, UsageError, near
 
 VERBS = {
@@ -62,6 +63,7 @@ for _place, (_verb, (_where, _help)) in enumerate(VERBS.items()):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code and never raises what a user can cause."""
     tokens = list(sys.argv[1:] if argv is None else argv)
+    TOKENS.set(tuple(tokens))
     if argv is None and not sys.warnoptions and "--debug" not in tokens:
         warnings.simplefilter("ignore")  # other packages' advice to programmers
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,9 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter, Token
 
 from crosspatch.errors import UsageError, near
+
+TOKENS: ContextVar[tuple[str, ...]] = ContextVar("tokens", default=())
+"""The words of the command that is run, after `crosspatch`."""
 
 OUTPUT = Group("Output", sort_key=90)
 TABLE = Group("Where DATA is a table", sort_key=40)

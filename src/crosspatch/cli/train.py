@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from crosspatch.cli import words
 from crosspatch.cli.options import (
     DATA,
     MULTI,
+    TOKENS,
     Columns,
     Output,
     at_least,
@@ -157,7 +157,7 @@ def train(
     overrides = typed(budget or Budget()) | typed(choices or Choices())
     count = overrides.get("devices") or _begun_with(out, folder.resume)
     if count > 1 and launch.world() == 1:
-        return launch.launch([*sys.argv[1:], *([] if folder.out else ["--out", str(out)])], count)
+        return launch.launch([*TOKENS.get(), *([] if folder.out else ["--out", str(out)])], count)
     reading = typed(columns or Columns()) | ({} if group is None else {"group": group})
     reading |= {"multi_label": True} if multi_label else {}
 
