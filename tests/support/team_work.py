@@ -133,3 +133,13 @@ def trained_all(runs: str, cases: dict) -> None:
         keep = Stepper.step, Supervised.forward
         train(str(Path(runs) / name), **changed)
         Stepper.step, Supervised.forward = keep
+
+
+def everything(batches: list[dict], counts: dict) -> dict:
+    """All of the above but the trainings."""
+    return {
+        "words": words(),
+        "findings": findings(),
+        "normalised": [normalised(**batch) for batch in batches],
+        "evaluated": evaluated(**counts),
+    }

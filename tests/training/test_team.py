@@ -26,22 +26,48 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    return together(3, "support.team_work:words", tmp_path_factory.mktemp("words"))
+def test_what_the_processes_say_to_each_other(tmp_path):
+    """One launch for all of it: words, findings, normalisation, evaluation."""
+    rng = np.random.default_rng(0)
+    batches = [
+        {"features": 2, "pictures": rng.normal(3, 2, (n, 2, 4, 3)).tolist(), "momentum": momentum}
+        for n, momentum in ((4, 0.1), (5, None))
+    ]
+    counts = {"counts": [1, 2, 3, 5, 8, 13, 40], "batch": 8}
+    told = together(2, "support.team_work:everything", tmp_path, batches=batches, counts=counts)
+    for rank, own in enumerate(told):
+        all_hear_the_same(rank, own["words"], told[0]["words"])
+        # a loss is named before the gradient it spoils
+        assert own["findings"] == [5, "loss", "nan", [1, 3]]
+        for batch, part in zip(batches, own["normalised"], strict=True):
+            normalised_over_all(rank, part, team_work.normalised(**batch))
+        evaluated_once(own["evaluated"], team_work.evaluated(**counts), counts["counts"])
 
 
-def test_all_hear_the_same(words):
-    for rank, own in enumerate(words):
-        assert own["rank"] == rank
-        assert own["either"] == [True, True, False]
-        assert own["gather"] == [{"from": r, "much": "x" * r} for r in range(3)]
-        assert own["share"] == [0, None, "é", math.inf]
-        assert own["nothing"] is None
-        assert own["state"] == [[[0, 1, 2], [3, 4, 5]], [], {"x": 1}]
-        assert own["mean"] == 1
-        assert own["weights"] == words[0]["weights"]
-        assert own["rows"] == [list(range(total)) for total in range(3, 10)]
+def all_hear_the_same(rank, own, first):
+    assert own["rank"] == rank
+    assert own["either"] == [True, True, False]
+    assert own["gather"] == [{"from": r, "much": "x" * r} for r in range(2)]
+    assert own["share"] == [0, None, "é", math.inf]
+    assert own["nothing"] is None
+    assert own["state"] == [[[0, 1, 2], [3, 4, 5]], [], {"x": 1}]
+    assert own["mean"] == 0.5
+    assert own["weights"] == first["weights"]
+    assert own["rows"] == [list(range(total)) for total in range(2, 10)]
+
+
+def normalised_over_all(rank, part, whole):
+    assert part["names"] == whole["names"]
+    for key in ("slope", "evaluated"):
+        np.testing.assert_allclose(part[key], whole[key][rank::2], rtol=1e-4, atol=1e-5)
+    for key in ("weight", "running"):
+        np.testing.assert_allclose(part[key], whole[key], rtol=1e-5, atol=1e-6)
+
+
+def evaluated_once(mine, whole, counts):
+    for count, part, all_of_it in zip(counts, mine, whole, strict=True):
+        assert len(part) == count
+        np.testing.assert_allclose(part, all_of_it, atol=1e-6)
 
 
 def test_a_process_alone_answers_itself():
@@ -52,34 +78,20 @@ def test_a_process_alone_answers_itself():
     assert team.share_state(None) is None
 
 
-def test_the_loss_is_named_before_the_gradient_it_spoils(tmp_path):
-    found = together(2, "support.team_work:findings", tmp_path)
-    assert found == [[5, "loss", "nan", [1, 3]]] * 2
-
-
-@pytest.mark.parametrize(("pictures", "momentum"), [(4, 0.1), (5, None)])
-def test_batches_are_normalised_over_all_processes(tmp_path, pictures, momentum):
-    x = np.random.default_rng(0).normal(3, 2, (pictures, 2, 4, 3)).astype(np.float32).tolist()
-    given = {"features": 2, "pictures": x, "momentum": momentum}
-    parts = together(2, "support.team_work:normalised", tmp_path, **given)
-    whole = team_work.normalised(**given)
-    for rank, part in enumerate(parts):
-        assert part["names"] == whole["names"]
-        for key in ("slope", "evaluated"):
-            np.testing.assert_allclose(part[key], whole[key][rank::2], rtol=1e-4, atol=1e-5)
-        for key in ("weight", "running"):
-            np.testing.assert_allclose(part[key], whole[key], rtol=1e-5, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The same trainings by one process and by two."""
-    folder = tmp_path_factory.mktemp("trained")
+def test_two_processes_reach_the_losses_of_one(tmp_path):
     for world in (1, 2):
-        (folder / str(world)).mkdir()
-        given = {"runs": str(folder / str(world)), "cases": CASES}
-        together(world, "support.team_work:trained_all", folder, **given)
-    return folder
+        (tmp_path / str(world)).mkdir()
+        given = {"runs": str(tmp_path / str(world)), "cases": CASES}
+        together(world, "support.team_work:trained_all", tmp_path, **given)
+    for case in CASES:
+        one, two = (tmp_path / world / case for world in "12")
+        assert len(rows(one)) >= 3
+        np.testing.assert_allclose(rows(two), rows(one), rtol=1e-5, atol=1e-5, err_msg=case)
+        first, second = (load_file(run / "model" / "model.safetensors") for run in (one, two))
+        assert first.keys() == second.keys()
+        for name, weights in first.items():
+            torch.testing.assert_close(second[name], weights, rtol=1e-4, atol=2e-5)
+    the_pictures_of_the_bad_loss_are_named(tmp_path)
 
 
 def rows(run, columns=("step", "train_loss", "val_loss", "val_accuracy", "lr")):
@@ -87,37 +99,17 @@ def rows(run, columns=("step", "train_loss", "val_loss", "val_accuracy", "lr")):
         return [[float(row[name]) for name in columns] for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_reach_the_losses_of_one(trained, case):
-    one, two = (trained / world / case for world in "12")
-    assert len(rows(one)) >= 3
-    np.testing.assert_allclose(rows(two), rows(one), rtol=1e-5, atol=1e-5)
-    first, second = (load_file(run / "model" / "model.safetensors") for run in (one, two))
-    assert first.keys() == second.keys()
-    for name, weights in first.items():
-        torch.testing.assert_close(second[name], weights, rtol=1e-4, atol=2e-5)
-
-
-def test_only_the_process_with_the_bad_loss_has_its_pictures_named(trained):
+def the_pictures_of_the_bad_loss_are_named(folder):
+    """Only those of the process that had it."""
     tables = []
     for world in "12":
-        with (trained / world / "spoilt" / "nan.csv").open() as file:
+        with (folder / world / "spoilt" / "nan.csv").open() as file:
             tables.append(list(csv.DictReader(file)))
     one, two = ([row["path"] for row in table] for table in tables)
     assert len(one) == 8
     assert two == one[1::2]  # the second process has every second picture of the batch
-    assert {(row["step"], row["what"], row["back_to"]) for row in tables[1]} == {
-        ("12", "loss", "7")
-    }
-
-
-def test_every_picture_is_evaluated_once(tmp_path):
-    given = {"counts": [1, 2, 3, 5, 8, 13, 40], "batch": 8}
-    whole = team_work.evaluated(**given)
-    for part in together(3, "support.team_work:evaluated", tmp_path, **given):
-        for count, mine, all_of_it in zip(given["counts"], part, whole, strict=True):
-            assert len(mine) == count
-            np.testing.assert_allclose(mine, all_of_it, atol=1e-6)
+    found = {(row["step"], row["what"], row["back_to"]) for row in tables[1]}
+    assert found == {("12", "loss", "7")}
 
 
 def test_the_number_that_was_asked_for_must_have_been_launched():
