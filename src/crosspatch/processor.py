@@ -51,7 +51,7 @@ class Processor:
 def processor() -> Processor:
     """This machine's."""
     text = CPUINFO.read_text(errors="replace") if CPUINFO.is_file() else ""
-    return read_cpuinfo(text, _cores())
+    return read_cpuinfo(text, cores())
 
 
 def read_cpuinfo(text: str, cores: int) -> Processor:
@@ -75,16 +75,17 @@ def quota_cores(text: str) -> float | None:
 
 
 def usable_cores() -> int:
-    """Cores this process may use at once: affinity, container quota and OMP_NUM_THREADS."""
-    cores = _cores()
+    """Cores for the threads of this process: affinity, container quota and OMP_NUM_THREADS."""
+    count = cores()
     quota = quota_cores(CGROUP_QUOTA.read_text()) if CGROUP_QUOTA.is_file() else None
     if quota is not None:
-        cores = min(cores, max(1, int(quota + 0.5)))
+        count = min(count, max(1, int(quota + 0.5)))
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
+    return min(count, int(asked)) if asked.isdigit() and int(asked) > 0 else count
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process and its children may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -27,7 +27,7 @@ from crosspatch.data.skipped import Skipped, write_skipped
 from crosspatch.data.sources import Source
 from crosspatch.data.workers import pool
 from crosspatch.errors import DataError
-from crosspatch.processor import usable_cores
+from crosspatch.processor import cores
 
 __all__ = ["ImageSet", "Prepared", "Skipped", "Survey", "prepare", "survey", "write_skipped"]
 
@@ -237,7 +237,7 @@ def _fill(
     total, done = len(source), 0
     rows = None if buffer is None else buffer.numpy()
     chunks = [range(at, min(at + _CHUNK, total)) for at in range(0, total, _CHUNK)]
-    count = 1 if total < _FEW and workers is None else workers or usable_cores()
+    count = 1 if total < _FEW and workers is None else workers or cores()
     with pool(count, _Job(source, preprocess, rows, source.alike())) as decode_chunk:
         for chunk, faults, found, printed in decode_chunk(chunks):
             yield from faults

@@ -6,12 +6,12 @@ For: a few hundred to some thousand pictures, and weights that have seen somethi
 below, from the cache of Hugging Face or fetched. Without any, `small` is what trains.
 Hardware: 2 CPU cores for small pictures; the constants for a GPU are guesses, nothing was measured
 on one.
-Time: 200 pictures of 32 pixels (crossvit_micro_32, 80 epochs): 2 minutes on one busy core of an
-AMD EPYC; on a quiet one 40 epochs took 25 s.
-Expect: 200 pictures of five classes of CIFAR-10, after a run of 8 minutes on the other five: 72.0,
-72.6 and 73.6 % (three seeds, each ±1.2), where `small` from scratch has 64.5, 64.3 and 65.9,
-`small` with the same weights 69.7, 69.3 and 72.8, `probe` with them 62.6, 63.0 and 62.8
-(`benchmarks/finetune.py`).
+Time: 200 pictures of 32 pixels (crossvit_micro_32, 80 epochs): 71 to 97 s on two cores of an AMD
+EPYC, reading and judging included.
+Expect: 200 pictures of five classes of CIFAR-10, after a run of 8 minutes on the other five: 73.3,
+73.4 and 72.9 % (three seeds, each ±1.2), where `small` from scratch has 65.1, 64.3 and 66.5,
+`small` with the same weights 71.3, 72.5 and 66.9, `probe` with them 62.6, 63.0 and 62.8
+(`benchmarks/finetune.py`). Half as many epochs were worse.
 
 The head first, alone: its gradients would spoil the layers below while it knows nothing (ULMFiT,
 arXiv 1801.06146, section 3.2). Then every layer with a lower rate than the one above it (BEiT,
