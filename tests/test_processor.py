@@ -51,7 +51,7 @@ def test_container_quota(text, cores):
 
 
 def test_cores_obey_the_quota_and_the_environment(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(module, "_cores", lambda: 8)
+    monkeypatch.setattr(module, "cores", lambda: 8)
     monkeypatch.setattr(module, "CGROUP_QUOTA", tmp_path / "cpu.max")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert usable_cores() == 8
