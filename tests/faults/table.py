@@ -36,8 +36,8 @@ Written by `make faults`, which does all of this to real trainings on this machi
 meet a row ends it. Every disturbed run is continued to its end and compared with one that nothing
 disturbed: weights, their average, both moments of the optimiser, `metrics.csv` (without its
 times), `predictions.csv`, `split.csv`, and the figures of the report. **Nothing** means equal, bit
-for bit. Where a run goes on by `--force` with other pictures, no undisturbed run exists: there it
-means that all that had been learnt was kept.
+for bit. Where a run goes on by `--force` with other pictures, or with another number of
+processes, no undisturbed run exists: there it means that all that had been learnt was kept.
 
 """
 TAIL = """
