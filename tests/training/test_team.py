@@ -120,6 +120,17 @@ def test_the_number_that_was_asked_for_must_have_been_launched():
         pass
 
 
+def test_half_of_a_launchers_variables_are_named(monkeypatch):
+    for name in team.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(UsageError, match=r"WORLD_SIZE is 2 here, and RANK, .* not set"),
+        team.joined(),
+    ):
+        pass
+
+
 def test_the_one_that_only_lost_another_speaks_last(monkeypatch, tmp_path):
     monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(launch, "SPEAK_LAST", 0.01)

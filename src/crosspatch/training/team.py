@@ -26,6 +26,8 @@ from crosspatch.errors import UsageError
 from crosspatch.training import launch
 
 PATIENCE = 1800.0
+LAUNCHED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What every launcher tells a process besides WORLD_SIZE."""
 _LOST = (
     "gloo",
     "nccl",
@@ -89,6 +91,13 @@ def joined(devices: int | None = None) -> Iterator[None]:
 
 
 def _connect() -> None:
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"WORLD_SIZE is {launch.world()} here, and {', '.join(missing)} not set",
+            "all the variables that a launcher sets, or none",
+            "unset WORLD_SIZE and use --devices, or start with torchrun",
+        )
     gpus, local = torch.cuda.device_count(), launch.local_rank()
     if gpus and local >= gpus:
         raise UsageError(
