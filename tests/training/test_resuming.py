@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from crosspatch.data import prepare
 from crosspatch.data.sources import Item
 from crosspatch.data.split import carry_split
 from crosspatch.errors import DataError, Interrupted, UsageError
@@ -100,6 +101,17 @@ def test_h_a_record_without_sizes_is_read(begun, opened):
     assert changed_pictures(begun, opened) == [
         "what could not be read then, or sizes that were not noted then"
     ]
+
+
+def test_h_a_new_picture_near_a_tested_one_tests(begun, opened, monkeypatch):
+    tested = next(key for key, name in splits(begun).items() if name == "test")
+    change(opened, came=[("row0/near.png", 0), ("row0/other.png", 0)])
+    keys = [item.key for item in opened.items]
+    pair = tuple(sorted((keys.index("row0/near.png"), keys.index(tested))))
+    monkeypatch.setattr(prepare, "near_groups", lambda prints: (pair,))
+    resumed(begun, force=True)
+    after = splits(begun)
+    assert (after["row0/near.png"], after["row0/other.png"]) == ("test", "train")
 
 
 def test_h_force_goes_on_with_the_pictures_that_are_there(begun, opened):

@@ -132,6 +132,11 @@ class Prepared:
     near: tuple[tuple[int, ...], ...] = ()
     remarks: tuple[str, ...] = ()
 
+    @property
+    def alike(self) -> tuple[tuple[int, ...], ...]:
+        """Sets of items that a split must not tear apart: copies, exact and near."""
+        return (*self.twins, *self.near)
+
 
 def survey(source: Source, limit: int = 512, seed: int = 0) -> Survey:
     """A quick look at up to `limit` pictures. Raises DataError when none of them can be read."""

@@ -179,7 +179,7 @@ def _force(
             "put the class folders back, or train anew with --overwrite",
         )
     prepared = read_pictures(source, recipe, reporter)
-    split = carry_split(run.path / "split.csv", source, prepared.kept, prepared.twins)
+    split = carry_split(run.path / "split.csv", source, prepared.kept, prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
     reasons = [f"--force changed the run while it was under way: {'; '.join(listed)}."]
     changed = _changed_recipe(recipe, given, pictures, reasons)
