@@ -7,8 +7,9 @@ import torch
 
 from crosspatch.data.augment import normalise
 from crosspatch.tasks.classify import Classify
-from crosspatch.training.evaluation import Stopped, predict_probabilities
+from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.package import build_model
+from crosspatch.training.signals import Stopped
 
 
 @pytest.fixture

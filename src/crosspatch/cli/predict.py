@@ -168,14 +168,11 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def _rows(paths: list[str], answers: Predictions, k: int) -> list[dict[str, Any]]:
     """path and top, and of several labels to a picture `labels`: those that it is said to have."""
-    rows = [
-        {"path": path, "labels": _pairs(labels), "top": _pairs(top)}
-        for path, labels, top in zip(paths, answers.labels, answers.top(k), strict=True)
-        if labels is not None and top is not None
-    ]
-    if not answers.thresholds:
-        for row in rows:
-            del row["labels"]
+    rows = []
+    for path, labels, top in zip(paths, answers.labels, answers.top(k), strict=True):
+        if labels is not None and top is not None:
+            several = {"labels": _pairs(labels)} if answers.thresholds else {}
+            rows.append({"path": path, **several, "top": _pairs(top)})
     return rows
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import signal
-import threading
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from crosspatch.cli.options import (
 )
 from crosspatch.errors import Interrupted, UsageError
 from crosspatch.training import launch
+from crosspatch.training.signals import handled
 
 _ENDINGS = r"\.(zip|tar|tgz|txz|tbz2?|tar\.\w+|csv|tsv|jsonl?|parquet)$"
 _FOLDER = Group("The run folder", sort_key=10)
@@ -196,25 +196,22 @@ def _resumable(do: str, out: Path) -> Iterator[None]:
 
     The steps save when a signal comes; outside of them SIGTERM ends the command as Ctrl-C does.
     """
-    name, main = "Ctrl-C", threading.current_thread() is threading.main_thread()
+    name = "Ctrl-C"
 
     def end(number: int, frame: object) -> None:
         nonlocal name
         name = "SIGTERM"
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, end) if main else None
-    try:
-        yield
-    except Interrupted as stop:
-        raise Interrupted(stop.got, stop.expected, do) from stop
-    except KeyboardInterrupt as stop:
-        if not (out / "config.toml").is_file():
-            raise
-        raise Interrupted(f"stopped by {name}", f"{out} holds what was done", do) from stop
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+    with handled(end, signal.SIGTERM):
+        try:
+            yield
+        except Interrupted as stop:
+            raise Interrupted(stop.got, stop.expected, do) from stop
+        except KeyboardInterrupt as stop:
+            if not (out / "config.toml").is_file():
+                raise
+            raise Interrupted(f"stopped by {name}", f"{out} holds what was done", do) from stop
 
 
 def default_out(data: str, resume: bool, base: Path = Path("runs")) -> Path:

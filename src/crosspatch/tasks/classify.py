@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,18 +13,13 @@ from torch import Tensor
 
 from crosspatch.metrics import classification as numbers
 from crosspatch.metrics.calibration import apply_temperature, fit_temperature
-from crosspatch.metrics.interval import wilson
 from crosspatch.mixing import Mixing
+from crosspatch.tasks import class_figures, plain
 
 PREDICTION_COLUMNS = (
     "path", "split", "label", "prediction", "correct", "confidence", "label_probability",
 )  # fmt: skip
 TOP = 5  # the second accuracy that is reported, clamped to the number of classes
-
-
-def _plain(value: float) -> float | None:
-    """A float for JSON: NaN has no place there."""
-    return None if math.isnan(value) else float(value)
 
 
 class Classify:
@@ -91,8 +85,8 @@ class Classify:
         probs, labels = np.asarray(probs), np.asarray(labels)
         low, high = numbers.accuracy_interval(probs, labels)
         return {
-            "val_loss": _plain(numbers.nll(probs, labels)),
-            "val_accuracy": _plain(numbers.accuracy(probs, labels)),
+            "val_loss": plain(numbers.nll(probs, labels)),
+            "val_accuracy": plain(numbers.accuracy(probs, labels)),
             "val_low": low,
             "val_high": high,
             "val_map": None,
@@ -112,33 +106,23 @@ class Classify:
         k = min(TOP, len(self.classes))
         return {
             "images": len(labels),
-            "accuracy": _plain(numbers.accuracy(probs, labels)),
+            "accuracy": plain(numbers.accuracy(probs, labels)),
             "low": low,
             "high": high,
-            "topk": {"k": k, "accuracy": _plain(numbers.topk(probs, labels, k))},
-            "macro_f1": _plain(numbers.macro_f1(table)),
-            "nll": _plain(numbers.nll(probs, labels)),
-            "ece": _plain(numbers.ece(probs, labels)),
+            "topk": {"k": k, "accuracy": plain(numbers.topk(probs, labels, k))},
+            "macro_f1": plain(numbers.macro_f1(table)),
+            "nll": plain(numbers.nll(probs, labels)),
+            "ece": plain(numbers.ece(probs, labels)),
             "classes": self._class_rows(table),
             "confusion": table.tolist(),
         }
 
     def _class_rows(self, table: np.ndarray) -> list[dict[str, Any]]:
-        rows, figures = [], numbers.per_class(table)
-        for place, name in enumerate(self.classes):
-            low, high = wilson(int(table[place, place]), int(figures.support[place]))
-            rows.append(
-                {
-                    "name": name,
-                    "precision": _plain(figures.precision[place]),
-                    "recall": _plain(figures.recall[place]),
-                    "recall_low": low,
-                    "recall_high": high,
-                    "f1": _plain(figures.f1[place]),
-                    "support": int(figures.support[place]),
-                }
-            )
-        return rows
+        figures = numbers.per_class(table)
+        return [
+            {"name": name, **class_figures(figures, place, int(table[place, place]))}
+            for place, name in enumerate(self.classes)
+        ]
 
     def predictions(
         self, keys: Sequence[str], labels: np.ndarray | Sequence[int], probs: np.ndarray, split: str

@@ -9,7 +9,6 @@ would make it K times weaker and leave the clipping of gradients without a meani
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,15 +22,11 @@ from crosspatch.metrics import multilabel as numbers
 from crosspatch.metrics.calibration import apply_binary_temperature, fit_binary_temperature
 from crosspatch.metrics.interval import wilson
 from crosspatch.mixing import Mixing
+from crosspatch.tasks import class_figures, plain
 
 PREDICTION_COLUMNS = (
     "path", "split", "labels", "predictions", "correct", "confidence", "missed", "added",
 )  # fmt: skip
-
-
-def _plain(value: float) -> float | None:
-    """A float for JSON: NaN has no place there."""
-    return None if math.isnan(value) else float(value)
 
 
 class MultiLabel:
@@ -108,11 +103,11 @@ class MultiLabel:
         right = numbers.exact(self.said(probs), labels)
         low, high = wilson(right, len(labels))
         return {
-            "val_loss": _plain(numbers.nll(probs, labels)),
+            "val_loss": plain(numbers.nll(probs, labels)),
             "val_accuracy": right / len(labels) if len(labels) else None,
             "val_low": low,
             "val_high": high,
-            "val_map": _plain(numbers.mean_average_precision(probs, labels)),
+            "val_map": plain(numbers.mean_average_precision(probs, labels)),
         }
 
     def metrics(self, probs: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> dict[str, Any]:
@@ -132,41 +127,34 @@ class MultiLabel:
         return {
             "images": len(labels),
             "labels": int((labels > 0).sum()),
-            "map": _plain(numbers.mean_average_precision(probs, labels)),
-            "map_low": _plain(map_low),
-            "map_high": _plain(map_high),
+            "map": plain(numbers.mean_average_precision(probs, labels)),
+            "map_low": plain(map_low),
+            "map_high": plain(map_high),
             "accuracy": right / len(labels) if len(labels) else None,
             "low": low,
             "high": high,
-            "macro_f1": _plain(numbers.macro_f1(said, labels)),
-            "micro_f1": _plain(numbers.micro_f1(said, labels)),
-            "hamming": _plain(numbers.hamming_loss(said, labels)),
-            "nll": _plain(numbers.nll(probs, labels)),
-            "ece": _plain(numbers.ece(probs, labels)),
+            "macro_f1": plain(numbers.macro_f1(said, labels)),
+            "micro_f1": plain(numbers.micro_f1(said, labels)),
+            "hamming": plain(numbers.hamming_loss(said, labels)),
+            "nll": plain(numbers.nll(probs, labels)),
+            "ece": plain(numbers.ece(probs, labels)),
             "classes": self._class_rows(probs, said, labels),
         }
 
     def _class_rows(
         self, probs: np.ndarray, said: np.ndarray, labels: np.ndarray
     ) -> list[dict[str, Any]]:
-        rows, figures = [], numbers.per_class(said, labels)
+        figures = numbers.per_class(said, labels)
         ranked, hits = numbers.average_precision(probs, labels), (said & (labels > 0)).sum(axis=0)
-        for place, name in enumerate(self.classes):
-            low, high = wilson(int(hits[place]), int(figures.support[place]))
-            rows.append(
-                {
-                    "name": name,
-                    "threshold": self.thresholds[place],
-                    "ap": _plain(ranked[place]),
-                    "precision": _plain(figures.precision[place]),
-                    "recall": _plain(figures.recall[place]),
-                    "recall_low": low,
-                    "recall_high": high,
-                    "f1": _plain(figures.f1[place]),
-                    "support": int(figures.support[place]),
-                }
-            )
-        return rows
+        return [
+            {
+                "name": name,
+                "threshold": self.thresholds[place],
+                "ap": plain(ranked[place]),
+                **class_figures(figures, place, int(hits[place])),
+            }
+            for place, name in enumerate(self.classes)
+        ]
 
     def predictions(
         self, keys: Sequence[str], labels: np.ndarray, probs: np.ndarray, split: str

@@ -14,12 +14,9 @@ from crosspatch.data.augment import normalise
 from crosspatch.data.loading import eval_batches
 from crosspatch.data.prepare import ImageSet
 from crosspatch.training import team
+from crosspatch.training.signals import Stopped
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Stopped(Exception):
-    """The caller's `stop` asked to end an evaluation early."""
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

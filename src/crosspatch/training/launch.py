@@ -13,13 +13,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crosspatch.errors import CrosspatchError, Interrupted
+from crosspatch.training.signals import handled
 
 GRACE = 15.0  # seconds that the others have to end by themselves once one has ended
 POLL = 0.05
@@ -126,8 +126,14 @@ def launch(arguments: Sequence[str], count: int) -> int:
         )
         for number in range(count)
     ]
+
+    def hand_on(number: int, frame: object) -> None:
+        for process in team:
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
     try:
-        with _Handed(team):
+        with handled(hand_on, signal.SIGINT, signal.SIGTERM):
             culprit = _wait(team)
         return _verdict([int(process.returncode) for process in team], culprit, said.exists())
     finally:
@@ -135,28 +141,6 @@ def launch(arguments: Sequence[str], count: int) -> int:
             with suppress(ProcessLookupError):
                 process.kill()
         said.unlink(missing_ok=True)
-
-
-class _Handed:
-    """Hands SIGINT and SIGTERM on to the processes while it is entered."""
-
-    def __init__(self, team: Sequence[subprocess.Popen]) -> None:
-        self.team = team
-        self.before: dict[int, object] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._hand_on)
-
-    def _hand_on(self, number: int, frame: object) -> None:
-        for process in self.team:
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
-
-    def __exit__(self, *failure: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
 
 
 def _wait(team: Sequence[subprocess.Popen]) -> int:

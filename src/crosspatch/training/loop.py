@@ -23,7 +23,7 @@ from crosspatch.errors import Interrupted, UsageError
 from crosspatch.objectives import Objective
 from crosspatch.training import launch, team
 from crosspatch.training.changes import accept_state, require_untrained
-from crosspatch.training.evaluation import Stopped, predict_probabilities
+from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.guard import (
     CUT,
     NAN_COLUMNS,
@@ -40,7 +40,7 @@ from crosspatch.training.package import model_config, save_model
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.run import RunFolder
-from crosspatch.training.signals import Signals
+from crosspatch.training.signals import Signals, Stopped
 from crosspatch.training.state import GOOD, LAST, load_state
 from crosspatch.training.stepper import Stepper
 from crosspatch.training.writer import StateWriter

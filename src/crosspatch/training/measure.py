@@ -52,7 +52,7 @@ def settle_length(
 ) -> tuple[Recipe, float]:
     """(the recipe with its threads and its final length, estimated seconds of the training)."""
     if recipe.penalties:
-        objective = make_objective(recipe, pictures.source.classes)
+        objective = _timed_on(recipe, pictures)
         seen, val = pictures.prepared.images, pictures.validation
         return recipe, measure_evaluation(recipe, objective, val) * len(seen) / len(val)
     measuring = time.perf_counter()
@@ -63,7 +63,7 @@ def settle_length(
         left -= time.perf_counter() - began
         most = team.share(int(min(1e9, RANGE_SHARE * left / per_step)))
         recipe = settle_rate(recipe, pictures, reasons, most)
-    objective = make_objective(recipe, pictures.source.classes)
+    objective = _timed_on(recipe, pictures)
     per_eval = measure_evaluation(recipe, objective, pictures.validation)
     if recipe.time_budget is None:
         if "eval_every" not in given:
@@ -162,7 +162,7 @@ def choose_threads(
     that wait for each other on busy cores, or on small models, cost more than they bring."""
 
     def seconds(candidate: Recipe) -> float:
-        objective = make_objective(candidate, pictures.source.classes)
+        objective = _timed_on(candidate, pictures)
         return team.share(measure_step(candidate, objective, pictures.part("train")))
 
     cores, best = recipe.threads, seconds(recipe)
@@ -178,6 +178,11 @@ def choose_threads(
             f"{recipe.threads} of {cores} CPU cores: with more, steps took longer (a busy machine)."
         )
     return recipe, best
+
+
+def _timed_on(recipe: Recipe, pictures: Pictures) -> Objective:
+    """An objective to measure times on: weights to begin with would be read for nothing."""
+    return make_objective(replace(recipe, weights={}), pictures.source.classes)
 
 
 def measure_step(recipe: Recipe, objective: Objective, train: ImageSet) -> float:
@@ -199,7 +204,7 @@ def measure_evaluation(recipe: Recipe, objective: Objective, images: ImageSet) -
     module = objective.exported
     device = next(module.parameters()).device
     count = min(len(images), EVAL_BATCHES * recipe.eval_batch)
-    part = images.subset(list(itertools.islice(range(len(images)), count)))
+    part = images.subset(range(count))
     began = time.perf_counter()
     predict_probabilities(
         module, part, recipe.eval_batch, device=device, precision=recipe.precision

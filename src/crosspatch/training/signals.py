@@ -1,14 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGINT and SIGTERM during a training: finish the step, save, stop."""
+"""SIGINT and SIGTERM during a training: finish the step, save, stop. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from crosspatch.training.evaluation import Stopped
+
+class Stopped(Exception):
+    """Somebody asked to end before the end."""
+
+
+@contextmanager
+def handled(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
+    """`handler` gets these signals for a while, in the main thread; the old handlers come back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Signals:
@@ -24,10 +40,6 @@ class Signals:
     @contextmanager
     def caught(self) -> Iterator[Signals]:
         """Catches both for a while, in the main thread; the old handlers come back."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
         def wish(number: int, frame: object) -> None:
             self.name = signal.Signals(number).name
@@ -36,10 +48,5 @@ class Signals:
             if self.at_once:
                 raise Stopped
 
-        for number in before:
-            signal.signal(number, wish)
-        try:
+        with handled(wish, signal.SIGINT, signal.SIGTERM):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

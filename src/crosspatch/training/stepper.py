@@ -30,7 +30,6 @@ from crosspatch.training.optim import (
     FOREACH,
     Ema,
     HeadFirst,
-    ema_decay,
     epoch_rate,
     layer_scales,
     make_optimiser,
@@ -316,8 +315,3 @@ def _scales(objective: Any, decay: float) -> dict[str, float]:
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def averaged_over(recipe: Recipe) -> float:
-    """The decay that the average has in the middle of the run, for the report."""
-    return ema_decay(recipe.steps // 2, steps=recipe.steps, half_life=recipe.ema)
