@@ -5,6 +5,7 @@
     xp.list_models("crossvit*")
     model = xp.create_model("crossvit_9_dagger_224", num_classes=10, img_size=96)
     xp.load_released(model, state_dict)
+    reduced, saved = xp.reduce(model, "mctf", r=16)
     xp.load("runs/leaves").predict(["a.jpg", array]).top(3)
 
 Importing the package costs nothing: torch is loaded by the first name that needs it.
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crosspatch.deploy.loading import load
     from crosspatch.models.registry import create_model, list_models, load_released
+    from crosspatch.tokens.reduce import reduce
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "create_model", "list_models", "load", "load_released"]
+__all__ = ["__version__", "create_model", "list_models", "load", "load_released", "reduce"]
 
 # OpenMP threads spin while they wait; with another job on the cores that costs more than it saves.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -31,6 +33,7 @@ _HOME = {
     "list_models": "crosspatch.models.registry",
     "load": "crosspatch.deploy.loading",
     "load_released": "crosspatch.models.registry",
+    "reduce": "crosspatch.tokens.reduce",
 }
 
 

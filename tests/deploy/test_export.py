@@ -27,9 +27,10 @@ from crosspatch.deploy.graph import Shipped, to_onnx, trace
 from crosspatch.deploy.quantise import HEAD, LINEAR, PRODUCTS
 from crosspatch.errors import DataError, UsageError
 from crosspatch.layers.block import BlockSpec
+from crosspatch.layers.reducer import Reducer
 from crosspatch.layers.resize import FixedResize
 from crosspatch.layers.stage import StageSpec
-from crosspatch.layers.tokens import Merge, Reducer, apply_merge, order
+from crosspatch.layers.tokens import Merge, apply_merge, order
 from crosspatch.models import registry
 from crosspatch.training.package import Trained, save_model
 

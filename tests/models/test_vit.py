@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crosspatch as xp
 from crosspatch.layers.block import BlockSpec
+from crosspatch.layers.reducer import Reducer
 from crosspatch.layers.stage import StageSpec
-from crosspatch.layers.tokens import Merge, Reducer, TokenState, apply_merge, order, recover
+from crosspatch.layers.tokens import Merge, TokenState, apply_merge, order, recover
 from crosspatch.models.vit import VisionTransformer
 
 TABLE = {  # the sheet's: millions of parameters, billions of multiply-adds
@@ -102,7 +103,7 @@ def test_the_parts_compose_to_the_whole(arguments) -> None:
         whole = model(IMAGE)
         torch.testing.assert_close(full(model, IMAGE), whole, rtol=1e-5, atol=1e-6)
         state, _ = model.run(model.embed(IMAGE))
-        torch.testing.assert_close(model._classify(model.pool(state)), whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.classify(model.pool(state)), whole, rtol=1e-5, atol=1e-6)
         features = model.forward_head(model.forward_features(IMAGE), pre_logits=True)
         assert features.shape == (2, 24)
 
@@ -246,8 +247,8 @@ def test_full_map_reducers_get_between_softmax_and_values() -> None:
     class OnlyItself(Reducer):
         needs = frozenset({"full_map"})
 
-        def between(self, attention, state, block):
-            return torch.eye(attention.shape[-1]).expand_as(attention)
+        def between(self, state, attention, block):
+            return state, torch.eye(attention.shape[-1]).expand_as(attention)
 
     model = tiny(depth=1).eval()
     model.reducer = OnlyItself()

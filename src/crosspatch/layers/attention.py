@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosspatch.layers.linear import Linear, linear
-from crosspatch.layers.tokens import AttentionStats
+from crosspatch.layers.reducer import AttentionStats
 
 Norm = Callable[[int], nn.Module]
 
@@ -111,21 +111,14 @@ class Attention(nn.Module):
         return self.merge_heads(dropped @ v)
 
     def inspected(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        needs: frozenset[str],
-        between: Callable[[Tensor], Tensor] | None = None,
+        self, x: Tensor, bias: Tensor | None, needs: frozenset[str]
     ) -> tuple[Tensor, AttentionStats]:
-        """`forward` together with what `needs` names of keys, class row and full map."""
+        """`forward` together with what `needs` names of keys and class row; the fused kernel
+        stays."""
         q, k, v = self.project(x)
         keys = k if "keys" in needs else None
         row = self.class_row(q, k, bias) if "class_row" in needs else None
-        if "full_map" not in needs:
-            return self.merge_heads(self._fused(q, k, v, bias)), AttentionStats(keys, row)
-        attention = self.map(q, k, bias)
-        used = between(attention) if between is not None else attention
-        return self.apply_map(used, v), AttentionStats(keys, row, attention)
+        return self.merge_heads(self._fused(q, k, v, bias)), AttentionStats(keys, row)
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """(B, H, N, d) to the projected output (B, N, C)."""

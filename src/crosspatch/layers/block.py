@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from crosspatch.layers.attention import Attention
 from crosspatch.layers.mlp import Mlp
-from crosspatch.layers.tokens import Reducer, TokenState
+from crosspatch.layers.reducer import AttentionStats, Reducer
+from crosspatch.layers.tokens import TokenState
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,14 @@ class Block(nn.Module):
             )
             self.ls2, self.drop_path2 = _residual(dim, options, drop_path)
 
-    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
-        """x: (B, N, C) to (B, N, C), or to the first `rows` tokens of that, (B, rows, C)."""
+    def forward(self, x: Tensor, rows: int | None = None, bias: Tensor | None = None) -> Tensor:
+        """x: (B, N, C) to (B, N, C), or to the first `rows` tokens of that, (B, rows, C).
+
+        bias: (B, N) on the attention's keys, or None.
+        """
         y = x if rows is None else x[:, :rows]
         if self.attn is not None:
-            y = self.add_attention(y, self.attn(self.norm1(x), rows=rows))
+            y = self.add_attention(y, self.attn(self.norm1(x), bias, rows))
         return self.add_mlp(y)
 
     @property
@@ -157,11 +161,14 @@ def run_blocks(
     shared = {b.spec.shares for b in blocks if isinstance(b, Block)} - {None}
     collected: dict[int, TokenState] = {}
     for number, block in enumerate(blocks, first):
-        if last_rows is not None and number == first + len(blocks) - 1 and _alone(block):
-            state = state._replace(tokens=block(state.tokens, last_rows))
-        elif isinstance(block, Block):
+        if isinstance(block, Block):
             hooked = reducer if reducer is not None and reducer.active(number) else None
-            state = _run_block(block, state, number, hooked, shared, maps, checkpointing)
+            rows = last_rows if number == first + len(blocks) - 1 else None
+            if rows is not None and _alone(block) and (not hooked or hooked.prefix_only(number)):
+                bias = hooked.bias(state, number) if hooked else None
+                state = state._replace(tokens=block(state.tokens, rows, bias))
+            else:
+                state = _run_block(block, state, number, hooked, shared, maps, checkpointing)
         if number in collect:
             collected[number] = state
     return state, collected
@@ -183,14 +190,14 @@ def _run_block(
     maps: dict[int, Tensor],
     checkpointing: bool,
 ) -> TokenState:
+    again = checkpointing and torch.is_grad_enabled()
+    recomputed = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     if reducer is not None and block.attn is not None and block.spec.shares is None:
-        return _hooked(block, state, number, reducer)
+        run = partial(recomputed, _hooked) if again else _hooked
+        return run(block, state, number, reducer)
     if block.spec.shares is not None or number in shared:
         return state._replace(tokens=_sharing(block, state.tokens, number, maps))
-    if checkpointing and torch.is_grad_enabled():
-        run = partial(torch.utils.checkpoint.checkpoint, block, use_reentrant=False)
-    else:
-        run = block
+    run = partial(recomputed, block) if again else block
     return state._replace(tokens=run(state.tokens))
 
 
@@ -208,14 +215,35 @@ def _sharing(block: Block, x: Tensor, number: int, maps: dict[int, Tensor]) -> T
 
 def _hooked(block: Block, state: TokenState, number: int, reducer: Reducer) -> TokenState:
     """A block with an active reducer: each hook at its place."""
+    replaced = reducer.instead(block, state, number)
+    if replaced is not None:
+        return replaced
     state = reducer.before_attention(state, number)
-    y, stats = block.attn.inspected(
-        block.norm1(state.tokens),
-        reducer.bias(state, number),
-        reducer.needs,
-        partial(reducer.between, state=state, block=number),
-    )
+    attend = _mapped if "full_map" in reducer.wants(number) else _fused
+    state, y, stats = attend(block, state, number, reducer)
     state = state._replace(tokens=block.add_attention(state.tokens, y))
     state = reducer.after_attention(state, number, stats)
     state = state._replace(tokens=block.add_mlp(state.tokens))
     return reducer.after_block(state, number)
+
+
+def _fused(
+    block: Block, state: TokenState, number: int, reducer: Reducer
+) -> tuple[TokenState, Tensor, AttentionStats]:
+    """Attention by the fused kernel, and what is wanted beside it."""
+    normed, bias = block.norm1(state.tokens), reducer.bias(state, number)
+    return state, *block.attn.inspected(normed, bias, reducer.wants(number))
+
+
+def _mapped(
+    block: Block, state: TokenState, number: int, reducer: Reducer
+) -> tuple[TokenState, Tensor, AttentionStats]:
+    """Attention by its full map, which the reducer may change together with the tokens."""
+    normed = block.norm1(state.tokens)
+    q, k = block.attn.qk(normed)
+    attention = block.attn.map(q, k, reducer.bias(state, number))
+    after, used = reducer.between(state, attention, number)
+    if after.tokens is not state.tokens:
+        normed = block.norm1(after.tokens)
+    y = block.attn.apply_map(used, block.attn.values(normed))
+    return after, y, AttentionStats(k, attention[:, :, 0], attention)

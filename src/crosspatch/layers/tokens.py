@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a token sequence, passed explicitly through the blocks, and what a reducer may do to
-it.
+"""The state of a token sequence, passed explicitly through the blocks, and its reductions as data.
 
 Nothing here is stored on a module: a state is a NamedTuple, so compile, export, checkpointing,
 deepcopy and pickle accept it. A reduction is data (`Merge`), applied by the trunk as one gather and
@@ -12,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class TokenState(NamedTuple):
@@ -68,60 +67,6 @@ class Merge(NamedTuple):
     keep: Tensor
     src: Tensor
     dst: Tensor
-
-
-class AttentionStats(NamedTuple):
-    """What an attention layer shows to a reducer that asked for it; the rest is None.
-
-    keys: (B, heads, N, d). class_row: (B, heads, N), attention of the first token. full_map:
-    (B, heads, N, N).
-    """
-
-    keys: Tensor | None = None
-    class_row: Tensor | None = None
-    full_map: Tensor | None = None
-
-
-class Reducer(nn.Module):
-    """The seam of token reduction: hooks over an explicit state, every one of them optional.
-
-    `needs` names what the attention must show: "keys", "class_row", "full_map". A block for which
-    `active` is false takes the untouched path. A subclass resolves its schedule when it is built.
-    """
-
-    needs: frozenset[str] = frozenset()
-
-    def active(self, block: int) -> bool:
-        """Whether the hooks run at this block (0-based over the whole sequence of blocks)."""
-        return True
-
-    def before_attention(self, state: TokenState, block: int) -> TokenState:
-        """Called with the block's input."""
-        return state
-
-    def bias(self, state: TokenState, block: int) -> Tensor | None:
-        """(B, N) added to every attention logit of a key, such as the log of its size, or None."""
-        return state.sizes.log() if state.sizes is not None else None
-
-    def between(self, attention: Tensor, state: TokenState, block: int) -> Tensor:
-        """Between softmax and values, (B, heads, N, N); only called where "full_map" is needed."""
-        return attention
-
-    def after_attention(self, state: TokenState, block: int, stats: AttentionStats) -> TokenState:
-        """Called between the attention's residual and the MLP."""
-        return state
-
-    def after_block(self, state: TokenState, block: int) -> TokenState:
-        """Called with the block's output."""
-        return state
-
-    def pool(self, state: TokenState) -> TokenState:
-        """Called once after the last block, before the final norm."""
-        return state
-
-    def losses(self, state: TokenState) -> dict[str, Tensor]:
-        """Named losses of the reducer's own, for training."""
-        return {}
 
 
 def order(scores: Tensor) -> Tensor:

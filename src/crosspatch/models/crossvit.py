@@ -40,7 +40,7 @@ from crosspatch.layers.block import BlockOptions
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import Table, resize_tables
 from crosspatch.layers.resize import FixedResize
-from crosspatch.layers.tokens import Reducer, TokenState, as_map, mean_patch, select_patches
+from crosspatch.layers.tokens import TokenState, as_map, mean_patch, select_patches
 from crosspatch.models.crossvit_fusion import FUSIONS, States
 from crosspatch.models.crossvit_stems import DaggerStem, T2TStem
 from crosspatch.models.registry import register, settings
@@ -119,7 +119,7 @@ class CrossViT(nn.Module):
         self.blocks = nn.ModuleList(
             FUSIONS[fusion](*shape, tuple(d), options, r) for d, r in zip(depth, rates, strict=True)
         )
-        self.reducers: list[Reducer | None] = [None] * count
+        self.reducers: Any = nn.ModuleList([None] * count)  # one Reducer a branch, or None
         self.feature_info = self._feature_info()
         self.norm = nn.ModuleList(options.norm(d) for d in embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
@@ -167,18 +167,22 @@ class CrossViT(nn.Module):
         return states
 
     def run(
-        self, states: States, collect: Collection[int] = ()
+        self, states: States, collect: Collection[int] = (), *, reducers: Any = "own"
     ) -> tuple[States, dict[int, States]]:
-        """All encoders over the states; the states after the encoders in `collect`, by number."""
+        """All encoders over the states; the states after the encoders in `collect`, by number.
+
+        reducers: one per branch (or None), in the place of the model's own.
+        """
+        hooks = self.reducers if isinstance(reducers, str) else reducers
         collected: dict[int, States] = {}
         first = [0] * len(states)
         encoders: Any = self.blocks
         for number, encoder in enumerate(encoders):
-            states = encoder(states, first, self.reducers, self.grad_checkpointing)
+            states = encoder(states, first, hooks, self.grad_checkpointing)
             first = [n + len(b) for n, b in zip(first, encoder.blocks, strict=True)]
             if number in collect:
                 collected[number] = states
-        rows = zip(self.reducers, states, strict=True)
+        rows = zip(hooks, states, strict=True)
         return [r.pool(s) if r is not None else s for r, s in rows], collected
 
     def pool(self, states: States) -> list[Tensor]:
@@ -189,10 +193,21 @@ class CrossViT(nn.Module):
             return [mean_patch(norm(state.tokens), 1, state.sizes) for norm, state in rows]
         return [norm(state.tokens[:, 0]) for norm, state in rows]
 
+    def classify(self, pooled: Sequence[Tensor], states: States | None = None) -> Tensor:
+        """Features of `pool` to logits (B, K), the mean over the branches; side by side without a
+        head. Of `states`, the final ones, a reducer may make something of a branch's logits."""
+        logits = [h(self.head_drop(x)) for h, x in zip(self.head, pooled, strict=True)]
+        if states is not None:
+            rows = zip(self.reducers, states, logits, strict=True)
+            logits = [r.decide(s, y) if r is not None else y for r, s, y in rows]
+        if self.num_classes <= 0:
+            return torch.cat(logits, dim=-1)
+        return torch.stack(logits).mean(dim=0)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_chans, H, W). Logits (B, num_classes), the mean over the branches."""
         states, _ = self.run(self.embed(x))
-        return self._classify(self.pool(states))
+        return self.classify(self.pool(states), states)
 
     # ------------------------------------------------------------------ timm's contract
 
@@ -208,7 +223,7 @@ class CrossViT(nn.Module):
         pooled = [mean_patch(x, 1, None) if mean else x[:, 0] for x in features]
         if pre_logits:
             return torch.cat([self.head_drop(x) for x in pooled], dim=-1)
-        return self._classify(pooled)
+        return self.classify(pooled)
 
     def get_classifier(self) -> nn.ModuleList:
         """The heads, one per branch."""
@@ -290,12 +305,6 @@ class CrossViT(nn.Module):
         return [places.index((info["branch"], info["encoder"])) for info in old]
 
     # ------------------------------------------------------------------ details
-
-    def _classify(self, pooled: Sequence[Tensor]) -> Tensor:
-        logits = [h(self.head_drop(x)) for h, x in zip(self.head, pooled, strict=True)]
-        if self.num_classes <= 0:
-            return torch.cat(logits, dim=-1)
-        return torch.stack(logits).mean(dim=0)
 
     def _heads(self, num_classes: int) -> nn.ModuleList:
         if num_classes <= 0:

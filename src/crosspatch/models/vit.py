@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from crosspatch.layers.block import BlockOptions, BlockSpec, run_blocks
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import Table, resize_table, resize_tables
+from crosspatch.layers.reducer import Reducer
 from crosspatch.layers.stage import StageSpec, build_stages, truncated
-from crosspatch.layers.tokens import Reducer, TokenState, as_map, mean_patch, select_patches
+from crosspatch.layers.tokens import TokenState, as_map, mean_patch, select_patches
 
 ACTIVATIONS = {
     "gelu": nn.GELU,
@@ -177,15 +178,22 @@ class VisionTransformer(nn.Module):
         return state._replace(tokens=self.norm_pre(state.tokens))
 
     def run(
-        self, state: TokenState, collect: Collection[int] = (), *, pooled: bool = False
+        self,
+        state: TokenState,
+        collect: Collection[int] = (),
+        *,
+        pooled: bool = False,
+        reducer: Reducer | str | None = "own",
     ) -> tuple[TokenState, dict[int, TokenState]]:
         """All blocks over the state; the states after the blocks in `collect`, by number.
 
         pooled: only what `pool` reads is needed; where that is the prefix tokens, the last block
-        computes no patch (1/12 of a DeiT, the same numbers) and the state has none.
+        computes no patch (1/12 of a DeiT, the same numbers) and the state has none. reducer: takes
+        the place of the model's own.
         """
         collected, first, maps = {}, 0, {}
-        short = pooled and self.global_pool == "token" and self.reducer is None and not collect
+        hooks: Any = self.reducer if isinstance(reducer, str) else reducer
+        short = pooled and self.global_pool == "token" and not collect
         for stage, spec in enumerate(self.stages):
             if str(stage) in self.reductions:
                 state = self.reductions[str(stage)](state)
@@ -194,7 +202,7 @@ class VisionTransformer(nn.Module):
                 mine,
                 state,
                 first=first,
-                reducer=self.reducer,
+                reducer=hooks,
                 collect=collect,
                 checkpointing=self.grad_checkpointing,
                 maps=maps,
@@ -202,8 +210,8 @@ class VisionTransformer(nn.Module):
             )
             collected.update(found)
             first += len(spec.blocks)
-        if self.reducer is not None:
-            state = self.reducer.pool(state)
+        if hooks is not None and state.tokens.shape[1] > self.num_prefix_tokens:
+            state = hooks.pool(state)
         return state, collected
 
     def pool(self, state: TokenState) -> Tensor | tuple[Tensor, Tensor]:
@@ -215,10 +223,20 @@ class VisionTransformer(nn.Module):
         state = state._replace(tokens=self.norm(state.tokens))
         return self._pool(state.tokens, state.sizes)
 
+    def classify(self, pooled: Any) -> Any:
+        """Features of `pool` to logits (B, K), or the pair of them in distillation."""
+        if self.head_dist is None:
+            return self.head(self.head_drop(self.fc_norm(pooled)))
+        first, second = self.head(pooled[0]), self.head_dist(pooled[1])
+        if self.training and self.distilled_training:
+            return first, second
+        return (first + second) / 2
+
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """x: (B, in_chans, H, W). Logits (B, num_classes), or the pair of them in distillation."""
         state, _ = self.run(self.embed(x), pooled=True)
-        return self._classify(self.pool(state))
+        logits = self.classify(self.pool(state))
+        return logits if self.reducer is None else self.reducer.decide(state, logits)
 
     # ------------------------------------------------------------------ timm's contract
 
@@ -231,7 +249,7 @@ class VisionTransformer(nn.Module):
         """Tokens of `forward_features` to logits, or to the features before the classifier."""
         pooled = self._pool(x, None)
         if not pre_logits:
-            return self._classify(pooled)
+            return self.classify(pooled)
         if isinstance(pooled, tuple):
             return (pooled[0] + pooled[1]) / 2
         return self.head_drop(self.fc_norm(pooled))
@@ -346,14 +364,6 @@ class VisionTransformer(nn.Module):
         if self.global_pool == "max":
             return x[:, n:].amax(dim=1)
         return mean_patch(x, n, sizes) if self.global_pool == "avg" else x
-
-    def _classify(self, pooled: Any) -> Any:
-        if self.head_dist is None:
-            return self.head(self.head_drop(self.fc_norm(pooled)))
-        first, second = self.head(pooled[0]), self.head_dist(pooled[1])
-        if self.training and self.distilled_training:
-            return first, second
-        return (first + second) / 2
 
     def _feature_info(self) -> list[dict[str, Any]]:
         info, stride, number = [], max(self.patch_size), 0
