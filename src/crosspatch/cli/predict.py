@@ -36,6 +36,7 @@ def predict(
     topk: Annotated[int, at_least(1, "--topk 3")] = 3,
     engine: Annotated[Engine, Parameter(help=ENGINE)] = "auto",
     csv: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    show_tokens: Annotated[Path | None, Parameter(metavar="FILE.png")] = None,
     output: Output | None = None,
 ) -> int:
     """Name the class of pictures.
@@ -47,6 +48,9 @@ def predict(
         shows all that a picture has.
     csv
         Write the answers to this table as well.
+    show_tokens
+        Draw into this file which patches of the picture a reduced run keeps and merges at each
+        block. Takes one picture.
     """
     output = output or Output()
     if not images:
@@ -58,9 +62,12 @@ def predict(
     existing_model(run)
     check_target(csv)
     paths, missing = find(images)
+    if show_tokens is not None:
+        _check_drawing(show_tokens, run, paths)
 
     from crosspatch.cli.screen import Screen, print_json
 
+    panels: list[Any] = []
     with Screen(stderr=output.json) as screen:
         from crosspatch.deploy.loading import MANY, load
 
@@ -75,6 +82,11 @@ def predict(
             write_table(csv, _table(rows, unreadable, min(topk, len(answers.classes)), several))
         if not output.json:
             _print(screen, rows, unreadable)
+        if show_tokens is not None and rows:
+            from crosspatch.explain.tokens import draw_run, summary
+
+            panels = draw_run(run, paths[0], show_tokens)
+            screen.line(f"{show_tokens}: {summary(panels)}")
     if not rows:
         raise nothing_readable(unreadable)
     if output.json:
@@ -84,6 +96,7 @@ def predict(
             "classes": answers.classes,
             **({"thresholds": answers.thresholds} if several else {}),
             "predictions": rows,
+            **({"tokens": [panel.counts() for panel in panels]} if panels else {}),
             "unreadable": [{"path": path, "reason": reason} for path, reason in unreadable],
         })  # fmt: skip
     return 0
@@ -94,6 +107,25 @@ def existing_model(path: Path) -> Path:
     if path.suffix in (".onnx", ".xml", ".pt2") and (path.is_file() or not path.exists()):
         return path  # what is wrong with it is said where it is read
     return existing_run(path)
+
+
+def _check_drawing(target: Path, run: Path, paths: list[str]) -> None:
+    """Raises UsageError where --show-tokens cannot be done."""
+    if not run.is_dir():
+        raise UsageError(
+            f"--show-tokens with the bundle {run}",
+            "the folder of a run: inside a bundle there are no blocks to look at",
+            f"crosspatch predict {run.parent} PICTURE --show-tokens {target}",
+        )
+    if len(paths) != 1:
+        raise UsageError(
+            f"--show-tokens with {len(paths)} pictures", "one picture", "name one picture"
+        )
+    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UsageError(
+            f"--show-tokens {target}", "a file that ends in .png", "--show-tokens tokens.png"
+        )
+    check_target(target, "--show-tokens", "tokens.png")
 
 
 def find(names: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -137,13 +169,14 @@ def _inside(folder: str) -> tuple[list[str], list[tuple[str, str]]]:
     return [os.path.join(folder, key) for key in files], skipped
 
 
-def check_target(path: Path | None) -> None:
-    """Raises UsageError, before any work, when a table cannot be written to `path`."""
+def check_target(path: Path | None, flag: str = "--csv", example: str = "out.csv") -> None:
+    """Raises UsageError, before any work, when a file cannot be written to `path`."""
     if path is None:
         return
+    do = f"{flag} {example}"
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"would stand in {path.parent}, no such folder"
-        raise UsageError(f"--csv {path} {what}", "a file in a folder that exists", "--csv out.csv")
+        raise UsageError(f"{flag} {path} {what}", "a file in a folder that exists", do)
     existed = path.exists()
     try:
         path.open("a", encoding="utf-8").close()
@@ -151,9 +184,7 @@ def check_target(path: Path | None) -> None:
             path.unlink()
     except OSError as error:
         raise UsageError(
-            f"--csv {path} cannot be written: {error.strerror}",
-            "a file that you may write",
-            "--csv out.csv",
+            f"{flag} {path} cannot be written: {error.strerror}", "a file that you may write", do
         ) from error
 
 

@@ -11,6 +11,7 @@ import copy
 import importlib
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,11 @@ from torch import nn
 from crosspatch.errors import CrosspatchError, DataError, UsageError, near
 from crosspatch.layers.block import run_blocks
 from crosspatch.layers.reducer import Reducer
+from crosspatch.layers.tokens import TokenState
 from crosspatch.metrics.macs import count_macs, counted
-from crosspatch.models.crossvit import CrossViT
 from crosspatch.tokens.host import attach, branch_names, converted, hosts_of, reducers_of
 from crosspatch.tokens.spec import METHODS
+from crosspatch.tokens.walk import walk
 
 
 class BlockCost(NamedTuple):
@@ -180,27 +182,18 @@ def _meta(model: Any) -> Any:
 
 def _costs(model: Any) -> tuple[int, tuple[BlockCost, ...]]:
     """(multiply-adds of the whole, of each block) in evaluation, counted on the meta device."""
-    reduced = _meta(model)
+    reduced, blocks = _meta(model), []
     pictures = torch.zeros(1, model.in_chans, *model.img_size, device="meta")
-    total = count_macs(reduced, tuple(pictures.shape[1:]))
-    blocks: list[BlockCost] = []
     with torch.no_grad():
-        states = reduced.embed(pictures)
-        if not isinstance(reduced, CrossViT):
-            _walk(reduced.blocks, states, 0, reduced.reducer, "", blocks)
-            return total, tuple(blocks)
-        names, first = branch_names(model), [0] * len(states)
-        encoders: Any = reduced.blocks
-        for encoder in encoders:
-            for i, mine in enumerate(encoder.blocks):
-                reducer = reduced.reducers[i]
-                states[i] = _walk(mine, states[i], first[i], reducer, names[i], blocks)
-                first[i] += len(mine)
-            states = encoder.fuse(states)
-    return total, tuple(sorted(blocks, key=lambda one: (names.index(one.branch), one.block)))
+        walk(reduced, pictures, partial(_cost, blocks))
+    total = count_macs(reduced, (model.in_chans, *model.img_size))
+    order = branch_names(model) or ("",)
+    return total, tuple(sorted(blocks, key=lambda one: (order.index(one.branch), one.block)))
 
 
-def _walk(blocks: Any, state: Any, first: int, reducer: Any, branch: str, costs: list) -> Any:
+def _cost(
+    costs: list[BlockCost], branch: str, blocks: Any, state: TokenState, first: int, reducer: Any
+) -> TokenState:
     """The state after `blocks`; what each of them costs is added to `costs`, with every token
     computed. (A block may share what an earlier one has computed, so ever longer runs are
     counted.)"""
