@@ -90,6 +90,8 @@ FAMILIES = {
         "deit_tiny_distilled_patch16_224",
         {"img_size": 32, "depth": 1, "embed_dim": 24},
     ),
+    "lvvit": ("lvvit_micro_32", {"depth": 2}),
+    "lvvit, merging": ("lvvit_micro_32", {"depth": 2}),
 }
 QUICK = ("crossvit, cross", "vit, merging", "vit, registers and scales")
 

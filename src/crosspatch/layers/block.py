@@ -46,16 +46,42 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What all blocks of a network have in common besides their shapes."""
+    """What all blocks of a network have in common besides their shapes.
+
+    init_values: LayerScale's, or None. residual_scale: a constant factor of both branches instead
+    of it (1/lambda in LV-ViT); ValueError where both are given.
+    """
 
     qkv_bias: bool = True
     proj_bias: bool = True
     qk_norm: bool = False
     init_values: float | None = None
+    residual_scale: float = 1.0
     norm: Callable[[int], nn.Module] = field(default=partial(nn.LayerNorm, eps=1e-6))
     act: Callable[[], nn.Module] = nn.GELU
     attn_drop: float = 0.0
     proj_drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.init_values is not None and self.residual_scale != 1.0:
+            raise ValueError(
+                f"init_values={self.init_values} and residual_scale={self.residual_scale} both "
+                "scale the branches; give one of them"
+            )
+
+
+class ResidualScale(nn.Module):
+    """A branch times a constant; it stands where a LayerScale may, and has no parameter."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:g}"
 
 
 class Block(nn.Module):
@@ -127,6 +153,8 @@ def _residual(dim: int, options: BlockOptions, rate: float) -> tuple[nn.Module, 
     scale = nn.Identity()
     if options.init_values is not None:
         scale = LayerScale(dim, init_values=options.init_values)
+    elif options.residual_scale != 1.0:
+        scale = ResidualScale(options.residual_scale)
     return scale, DropPath(rate) if rate > 0 else nn.Identity()
 
 

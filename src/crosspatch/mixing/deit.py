@@ -15,33 +15,12 @@ draws come from (seed, step, rank). `mixing/mixup.py` and `mixing/cutmix.py` dra
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from crosspatch.layers.box import Box, box
 from crosspatch.mixing import Mixing, positive
-
-
-class Box(NamedTuple):
-    """A clipped box in pixels, bottom and right exclusive, and the share of the image outside."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-    lam: float
-
-
-def box(height: int, width: int, lam: float, row: int, column: int) -> Box:
-    """The box of a drawn lam in [0, 1] with its centre at the drawn (row, column)."""
-    share = np.sqrt(1 - lam)
-    tall, wide = int(height * share) // 2, int(width * share) // 2
-    top, bottom = max(0, row - tall), min(height, row + tall)
-    left, right = max(0, column - wide), min(width, column + wide)
-    area = (bottom - top) * (right - left)
-    return Box(top, bottom, left, right, 1 - area / (height * width))
 
 
 def blend(images: Tensor, lam: float) -> tuple[Tensor, Mixing]:

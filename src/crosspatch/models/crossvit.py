@@ -119,7 +119,8 @@ class CrossViT(nn.Module):
         self.blocks = nn.ModuleList(
             FUSIONS[fusion](*shape, tuple(d), options, r) for d, r in zip(depth, rates, strict=True)
         )
-        self.reducers: Any = nn.ModuleList([None] * count)  # one Reducer a branch, or None
+        nothing: Any = [None] * count
+        self.reducers: Any = nn.ModuleList(nothing)  # one Reducer a branch, or None
         self.feature_info = self._feature_info()
         self.norm = nn.ModuleList(options.norm(d) for d in embed_dim)
         self.head_drop = nn.Dropout(drop_rate)

@@ -151,7 +151,8 @@ def _from_timm(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def classifiers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that give logits, by name: one, or several whose logits the model averages.
+    """The layers that give logits, by name: one, or several whose logits the model averages
+    or adds.
 
     Empty for a model without timm's `get_classifier`.
     """

@@ -22,7 +22,7 @@ Departures: logits, not softmax outputs, of the two heads are averaged, as the a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,15 +45,18 @@ ACTIVATIONS = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "quick_gelu": QuickGELU,
 }
+# (in_chans, dim, patch_size) to a module from images (B, C, H, W) to patch tokens (B, h*w, dim)
+Stem = Callable[[int, int, tuple[int, int]], nn.Module]
 
 
 class VisionTransformer(nn.Module):
     """The trunk ViT; argument names are timm's.
 
     stages: overrides `embed_dim`, `depth`, `num_heads` and `mlp_ratio` with explicit shapes.
-    dist_token: DeiT's distillation token with a head of its own. stem: "patch" or "conv" (small
-    pictures). img_size: the side or (H, W) that positions are laid out for; other inputs raise
-    ValueError unless `dynamic_img_size`, which resizes the positions on the way.
+    dist_token: DeiT's distillation token with a head of its own. stem: "patch", "conv" (small
+    pictures) or a `Stem`. residual_scale: a constant factor of both branches of every block.
+    img_size: the side or (H, W) that positions are laid out for; other inputs raise ValueError
+    unless `dynamic_img_size`, which resizes the positions on the way.
     """
 
     blocks: nn.Sequential
@@ -89,7 +92,8 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-6,
         act_layer: str = "gelu",
-        stem: str = "patch",
+        stem: str | Stem = "patch",
+        residual_scale: float = 1.0,
         stages: Sequence[StageSpec] | None = None,
     ) -> None:
         super().__init__()
@@ -127,6 +131,7 @@ class VisionTransformer(nn.Module):
             proj_bias=proj_bias,
             qk_norm=qk_norm,
             init_values=init_values,
+            residual_scale=residual_scale,
             norm=norm,
             act=ACTIVATIONS[act_layer],
             attn_drop=attn_drop_rate,
@@ -193,7 +198,7 @@ class VisionTransformer(nn.Module):
         """
         collected, first, maps = {}, 0, {}
         hooks: Any = self.reducer if isinstance(reducer, str) else reducer
-        short = pooled and self.global_pool == "token" and not collect
+        short = pooled and self.reads_prefix and not collect
         for stage, spec in enumerate(self.stages):
             if str(stage) in self.reductions:
                 state = self.reductions[str(stage)](state)
@@ -213,6 +218,11 @@ class VisionTransformer(nn.Module):
         if hooks is not None and state.tokens.shape[1] > self.num_prefix_tokens:
             state = hooks.pool(state)
         return state, collected
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether `pool` reads the prefix tokens and nothing else."""
+        return self.global_pool == "token"
 
     def pool(self, state: TokenState) -> Tensor | tuple[Tensor, Tensor]:
         """The final state to features (B, C): class token, (class, distillation), or a pool of
@@ -386,8 +396,10 @@ def init_linear(module: nn.Module) -> None:
 
 
 def _stem(
-    kind: str, in_chans: int, dim: int, patch_size: tuple[int, int], *, bias: bool
+    kind: str | Stem, in_chans: int, dim: int, patch_size: tuple[int, int], *, bias: bool
 ) -> nn.Module:
+    if callable(kind):
+        return kind(in_chans, dim, patch_size)
     if kind == "patch":
         return PatchEmbed(in_chans, dim, patch_size, bias=bias)
     if kind == "conv":
