@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crosspatch.deploy.loading import load
+    from crosspatch.deploy.tune import tune
     from crosspatch.models.registry import create_model, list_models, load_released
     from crosspatch.tokens.reduce import reduce
 
 __version__ = "0.1.0.dev0"
-__all__ = ["__version__", "create_model", "list_models", "load", "load_released", "reduce"]
+__all__ = ["__version__", "create_model", "list_models", "load", "load_released", "reduce", "tune"]
 
 # OpenMP threads spin while they wait; with another job on the cores that costs more than it saves.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -34,6 +35,7 @@ _HOME = {
     "load": "crosspatch.deploy.loading",
     "load_released": "crosspatch.models.registry",
     "reduce": "crosspatch.tokens.reduce",
+    "tune": "crosspatch.deploy.tune",
 }
 
 

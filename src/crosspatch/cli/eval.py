@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from crosspatch.cli.options import DATA, MULTI, Columns, Output, at_least, typed
 from crosspatch.cli.predict import ENGINE, MODEL, Engine, check_target, existing_model, write_table
-from crosspatch.errors import DataError, UsageError, near
+from crosspatch.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,6 +89,7 @@ def _measure(
     reading: dict[str, Any],
     multi_label: bool,
 ) -> _Found:
+    from crosspatch.data.sources import match_classes
     from crosspatch.deploy.loading import MANY, load
     from crosspatch.metrics.classification import topk as share_in_topk
     from crosspatch.tasks import make_task
@@ -158,33 +159,6 @@ def _folder(run: Path) -> Path:
     from crosspatch.deploy.loading import run_of
 
     return run_of(read_bundle(run)) or run
-
-
-def match_classes(source: Source, known: Sequence[str]) -> np.ndarray:
-    """int64 (N,): for every item the model's index of its class, matched by name; of a source with
-    several labels to a picture float32 (N, K), 1 where an item has the model's class.
-
-    Raises DataError naming the classes that the model does not know, and what is near them.
-    """
-    import numpy as np
-
-    place = {name: index for index, name in enumerate(known)}
-    unknown = [name for name in source.classes if name not in place]
-    if unknown:
-        hints = [f"{name} (near: {near(name, known) or 'nothing'})" for name in unknown[:5]]
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        shown = ", ".join(known[:12]) + (" …" if len(known) > 12 else "")
-        raise DataError(
-            f"classes that the model does not know: {', '.join(hints)}{more}",
-            f"it was trained on {len(known)} classes: {shown}",
-            "rename these classes to the model's names, or take them out",
-        )
-    places = np.array([place[name] for name in source.classes], np.int64)
-    if not source.multi:
-        return places[source.labels]
-    table = np.zeros((len(source), len(known)), np.float32)
-    table[:, places] = source.presence
-    return table
 
 
 def choose(run: Path, source: Source, split: str) -> tuple[np.ndarray, str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from crosspatch.data.labels import SEPARATOR, Label, numbers
 from crosspatch.data.layout import Layout
 from crosspatch.data.skipped import Skipped
 from crosspatch.data.trees import Tree
+from crosspatch.errors import DataError, near
 
 _HEAD = 1 << 17  # nearly every picture tells its size in here
 
@@ -168,3 +170,28 @@ class DigitsSource(Source):
 
     def _sizes(self) -> list[int]:
         return [int(picture.sum()) for picture in self._pictures]
+
+
+def match_classes(source: Source, known: Sequence[str]) -> np.ndarray:
+    """int64 (N,): for every item the model's index of its class, matched by name; of a source with
+    several labels to a picture float32 (N, K), 1 where an item has the model's class.
+
+    Raises DataError naming the classes that the model does not know, and what is near them.
+    """
+    place = {name: index for index, name in enumerate(known)}
+    unknown = [name for name in source.classes if name not in place]
+    if unknown:
+        hints = [f"{name} (near: {near(name, known) or 'nothing'})" for name in unknown[:5]]
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        shown = ", ".join(known[:12]) + (" …" if len(known) > 12 else "")
+        raise DataError(
+            f"classes that the model does not know: {', '.join(hints)}{more}",
+            f"it was trained on {len(known)} classes: {shown}",
+            "rename these classes to the model's names, or take them out",
+        )
+    places = np.array([place[name] for name in source.classes], np.int64)
+    if not source.multi:
+        return places[source.labels]
+    table = np.zeros((len(source), len(known)), np.float32)
+    table[:, places] = source.presence
+    return table
