@@ -15,8 +15,9 @@ import crosspatch as xp
 from crosspatch.layers.linear import switched
 from crosspatch.metrics.macs import count_macs
 from crosspatch.models import evo_levit
-from crosspatch.models.evo_levit import EvoLeViT, representative, slow_fast
+from crosspatch.models.evo_levit import EvoLeViT
 from crosspatch.models.evo_levit_blocks import Downsample, every_second
+from crosspatch.models.evo_levit_paths import FAST, representative, slow_fast
 from support import goldens
 
 GOLDEN = "evovit/evo_levit_128s_stage"
@@ -219,7 +220,7 @@ def test_every_patch_is_back_at_its_place(size, seed) -> None:
     assert torch.equal(after, scores)
 
 
-@pytest.mark.parametrize("fast", evo_levit.FAST)
+@pytest.mark.parametrize("fast", FAST)
 @settings(max_examples=20, deadline=None)
 @given(size=SIZES, seed=st.integers(0, 9))
 def test_shuffled_patches_are_shuffled_results(fast, size, seed) -> None:
@@ -380,6 +381,8 @@ def test_the_authors_schedules() -> None:
         ({"fast": "slow"}, "fast 'slow'; expected one of representative, copy"),
         ({"patch_size": 12}, "patch_size 12; the stem halves"),
         ({"num_heads": (2,)}, "num_heads has 1 entries for 2 stages"),
+        ({"embed_dim": (1, 8)}, "expected at least 2 for patches of 4"),
+        ({"down_heads": (2, 2)}, "entries for 1 stages"),
         ({"depth": (0, 2)}, "every stage has at least one block"),
         ({"global_pool": "token"}, "heads read the mean patch"),
         ({"img_size": 0}, "an image of 0x0"),

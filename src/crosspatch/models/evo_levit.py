@@ -33,7 +33,7 @@ them): 128S 7.84, 8.61, 0.256, 0.312; 128 9.27, 10.04, 0.305, 0.414; 192 11.03, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from crosspatch.layers.patch_embed import flatten_grid, pair
 from crosspatch.layers.position import Table, resize_tables
-from crosspatch.layers.tokens import TokenState, as_map, order, take
+from crosspatch.layers.tokens import TokenState, as_map
 from crosspatch.models.evo_levit_blocks import (
     STRIDE,
     Blending,
@@ -56,11 +56,9 @@ from crosspatch.models.evo_levit_blocks import (
     NormLinear,
     checkpointed,
     stem,
-    total,
 )
+from crosspatch.models.evo_levit_paths import FAST, each, segments, slow_fast
 from crosspatch.models.registry import register, settings
-
-FAST = ("representative", "copy")
 
 
 class EvoState(NamedTuple):
@@ -72,14 +70,6 @@ class EvoState(NamedTuple):
     grid: tuple[int, int]
 
 
-class Segment(NamedTuple):
-    """Blocks `start` to `stop` (exclusive) of a stage; `keep` patches are slow, or None: all."""
-
-    start: int
-    stop: int
-    keep: int | None
-
-
 class Selection(NamedTuple):
     """Which patches (B, K), raster indices into `grid`, were slow from block `block` of stage
     `stage` on."""
@@ -88,44 +78,6 @@ class Selection(NamedTuple):
     block: int
     grid: tuple[int, int]
     kept: Tensor
-
-
-def representative(rest: Tensor, scores: Tensor) -> Tensor:
-    """(B, 1, C): the mean of tokens (B, M, C) weighed by their scores (B, M)."""
-    weights = scores / total(scores)
-    return (weights[..., None] * rest).sum(dim=1, keepdim=True).to(rest.dtype)
-
-
-def slow_fast(
-    blocks: Iterable[Callable[..., tuple[Tensor, Tensor, Tensor]]],
-    x: Tensor,
-    scores: Tensor,
-    keep: int,
-    fast: str = "representative",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`blocks` over the class token and the `keep` patches of highest score; the rest follows.
-
-    x: (B, 1 + N, C); scores: (B, N). fast: "representative", or "copy": the rest stays as it is.
-    Returns tokens and scores in the order given, and the indices (B, keep) of the slow patches.
-    """
-    rank = order(scores)
-    patches, ranked = take(x[:, 1:], rank), scores.gather(1, rank)
-    rest, rest_scores, mine = patches[:, keep:], ranked[:, keep:], ranked[:, :keep]
-    slow = [x[:, :1], patches[:, :keep]]
-    if fast == "representative":
-        slow.append(representative(rest, rest_scores))
-    x = torch.cat(slow, dim=1)
-    moved: Tensor | float = 0.0
-    for block in blocks:
-        x, mine, step = block(x, mine)
-        moved = moved + step
-    if fast == "representative":
-        rest = rest + moved
-    places = torch.arange(rank.shape[1], device=rank.device).expand_as(rank)
-    back = torch.zeros_like(rank).scatter(1, rank, places)
-    patches = take(torch.cat([x[:, 1 : 1 + keep], rest], dim=1), back)
-    scores = torch.cat([mine, rest_scores], dim=1).gather(1, back)
-    return torch.cat([x[:, :1], patches], dim=1), scores, rank[:, :keep]
 
 
 class Stage(nn.Module):
@@ -145,7 +97,7 @@ class EvoLeViT(nn.Module):
     img_size: side or (H, W); the stem makes ceil(side / patch_size) patches of it, each later stage
     half of them, rounded up. patch_size: a power of two. embed_dim, depth, num_heads: per stage.
     key_dim, attn_ratio, mlp_ratio: a number, or one per stage. down_heads: of the attention between
-    stages, None for width / key_dim.
+    stages, None for width // key_dim.
     keep_ratio: the share of patches that are slow in each block (sum of `depth` entries), or one
     number for all but the first two blocks, which keep all. stage_keep_ratio: the share in each
     stage, from its first reduced block on; None: that block's.
@@ -185,11 +137,11 @@ class EvoLeViT(nn.Module):
         super().__init__()
         _check(global_pool, fast, patch_size, embed_dim, depth, num_heads)
         count = len(embed_dim)
-        keys, attns, mlps = (_each(v, count) for v in (key_dim, attn_ratio, mlp_ratio))
+        keys, attns, mlps = (each(v, count) for v in (key_dim, attn_ratio, mlp_ratio))
         self.img_size, self.patch_size, self.in_chans = pair(img_size), patch_size, in_chans
         self.grids = _grids(self.img_size, patch_size, count)
         self.segments = {
-            mode: _segments(depth, keep_ratio, stage_keep_ratio, self.grids, mode)
+            mode: segments(depth, keep_ratio, stage_keep_ratio, self.grids, mode)
             for mode in (True, False)
         }
         self.num_classes, self.global_pool, self.fast = num_classes, global_pool, fast
@@ -202,13 +154,15 @@ class EvoLeViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim[0]))
         rows, columns = self.grids[0]
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, embed_dim[0]))
+        if down_heads is None:
+            down_heads = [max(1, w // k) for w, k in zip(embed_dim[:-1], keys[:-1], strict=True)]
+        downs = each(tuple(down_heads), count - 1)
         stages, width = [], 0
         for i, dim in enumerate(embed_dim):
             down = None
             if i > 0:
-                heads = down_heads[i - 1] if down_heads else width // keys[i - 1]
                 ratios = (down_attn_ratio, down_mlp_ratio)
-                shape = (width, dim, self.grids[i - 1], keys[i - 1], heads, *ratios)
+                shape = (width, dim, self.grids[i - 1], keys[i - 1], downs[i - 1], *ratios)
                 down = Downsample(*shape, drop_path_rate)
             shape = (dim, keys[i], num_heads[i], attns[i], mlps[i], drop_path_rate)
             stages.append(Stage(down, [Block(*shape) for _ in range(depth[i])]))
@@ -435,6 +389,11 @@ def _check(global_pool, fast, patch_size, embed_dim, depth, num_heads) -> None:
         raise ValueError(f"fast {fast!r}; expected one of {', '.join(FAST)}")
     if patch_size < 2 or patch_size & (patch_size - 1):
         raise ValueError(f"patch_size {patch_size}; the stem halves: expected 2, 4, 8, 16 or 32")
+    if embed_dim[0] < patch_size // 2:
+        raise ValueError(
+            f"embed_dim {embed_dim[0]}; the stem doubles it from the first convolution"
+            f" on: expected at least {patch_size // 2} for patches of {patch_size}"
+        )
     for name, values in {"depth": depth, "num_heads": num_heads}.items():
         if len(values) != len(embed_dim):
             raise ValueError(f"{name} has {len(values)} entries for {len(embed_dim)} stages")
@@ -442,74 +401,11 @@ def _check(global_pool, fast, patch_size, embed_dim, depth, num_heads) -> None:
         raise ValueError(f"depth {tuple(depth)}; every stage has at least one block")
 
 
-def _each(value: Any, count: int) -> tuple[Any, ...]:
-    """One value per stage."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
-    if len(values) != count:
-        raise ValueError(f"{value} has {len(values)} entries for {count} stages")
-    return values
-
-
 def _grids(size: tuple[int, int], patch_size: int, count: int) -> list[tuple[int, int]]:
     if min(size) < 1:
         raise ValueError(f"an image of {size[0]}x{size[1]}")
     strides = [patch_size * STRIDE**i for i in range(count)]
     return [(-(-size[0] // s), -(-size[1] // s)) for s in strides]
-
-
-def _segments(
-    depth: Sequence[int],
-    keep_ratio: float | Sequence[float],
-    stage_keep_ratio: float | Sequence[float] | None,
-    grids: Sequence[tuple[int, int]],
-    stagewise: bool,
-) -> list[list[Segment]]:
-    """Per stage its blocks in runs, each with the number of patches that are slow in it."""
-    blocks = sum(depth)
-    if not isinstance(keep_ratio, Sequence):
-        keep_ratio = [1.0] * min(2, blocks) + [keep_ratio] * (blocks - 2)
-    if len(keep_ratio) != blocks:
-        raise ValueError(f"keep_ratio has {len(keep_ratio)} entries for {blocks} blocks")
-    if keep_ratio[0] < 1:
-        raise ValueError(f"keep_ratio {keep_ratio[0]} of block 0; it has no scores yet: expected 1")
-    shares = _each(stage_keep_ratio, len(depth))
-    plan, first = [], 0
-    for count, share, (rows, columns) in zip(depth, shares, grids, strict=True):
-        ratios = list(keep_ratio[first : first + count])
-        if stagewise:
-            ratios = _spanning(ratios, share)
-        keeps = [_kept(rows * columns, ratio) for ratio in ratios]
-        plan.append(_runs(keeps, stagewise))
-        first += count
-    return plan
-
-
-def _spanning(ratios: list[float], share: float | None) -> list[float]:
-    """The ratios of a stage's blocks when its reduced ones, from the first to the last, are one."""
-    reduced = [i for i, ratio in enumerate(ratios) if ratio < 1]
-    if not reduced:
-        return ratios
-    start, chosen = reduced[0], ratios[reduced[0]] if share is None else share
-    return ratios[:start] + [chosen] * (len(ratios) - start)
-
-
-def _kept(patches: int, ratio: float) -> int | None:
-    """The slow ones of so many patches, at least one; None for all."""
-    if not 0 < ratio <= 1:
-        raise ValueError(f"a keep ratio of {ratio}; expected one above 0 and at most 1")
-    keep = max(1, int(patches * ratio))
-    return None if keep == patches else keep
-
-
-def _runs(keeps: list[int | None], stagewise: bool) -> list[Segment]:
-    """Neighbours without a selection, and stage-wise those with one, make a run."""
-    runs: list[Segment] = []
-    for i, keep in enumerate(keeps):
-        if runs and runs[-1].keep == keep and (stagewise or keep is None):
-            runs[-1] = Segment(runs[-1].start, i + 1, keep)
-        else:
-            runs.append(Segment(i, i + 1, keep))
-    return runs
 
 
 # What an attention, an MLP and the attention between two stages hold, in the authors' names and
