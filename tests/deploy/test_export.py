@@ -66,6 +66,7 @@ STAGES = (StageSpec(24, SPECS), StageSpec(32, SPECS[:1], stride=2))
 SMALL_VIT = {"img_size": 16, "depth": 2, "embed_dim": 24}
 ONE_EACH = {"depth": ((1, 1, 0),), "embed_dim": (24, 48), "num_heads": (2, 2)}
 LARGER = {**ONE_EACH, "img_size": 48, "patch_size": (12, 16)}
+SMALL_EVO = {"depth": (1, 1, 1), "keep_ratio": (1.0, 0.5, 0.5)}
 FAMILIES = {
     "crossvit, cross": ("crossvit_micro_32", {**ONE_EACH, "img_size": 16}),
     "crossvit, class_token": ("crossvit_micro_32", {**ONE_EACH, "fusion": "class_token"}),
@@ -92,8 +93,14 @@ FAMILIES = {
     ),
     "lvvit": ("lvvit_micro_32", {"depth": 2}),
     "lvvit, merging": ("lvvit_micro_32", {"depth": 2}),
+    "evo, stage-wise": ("evo_levit_micro_32", SMALL_EVO),
+    "evo, layer-wise, oblong, odd": (
+        "evo_levit_micro_32",
+        {"depth": (1, 2, 1), "img_size": (36, 27), "stagewise": False},
+    ),
+    "evo, copy": ("evo_levit_micro_32", {**SMALL_EVO, "fast": "copy", "distillation": False}),
 }
-QUICK = ("crossvit, cross", "vit, merging", "vit, registers and scales")
+QUICK = ("crossvit, cross", "vit, merging", "vit, registers and scales", "evo, stage-wise")
 
 
 def network(family: str) -> nn.Module:

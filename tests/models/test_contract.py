@@ -21,6 +21,7 @@ MICRO = {
     "deit_tiny_patch16_224": {"depth": 2, "img_size": 32},
     "deit_tiny_distilled_patch16_224": {"depth": 2, "img_size": 32},
     "lvvit_micro_32": {"depth": 2},
+    "evo_levit_micro_32": {},
 }
 SIDE = {"crossvit_9_dagger_224": 64}
 

@@ -135,6 +135,7 @@ def test_ema_follows_weights_and_copies_counters():
         ("vit_micro_32", {}, "patch_embed"),
         ("vit_micro_32", {"dist_token": True}, "dist_token"),
         ("crossvit_micro_32", {}, "patch_embed"),
+        ("evo_levit_micro_32", {}, "patch_embed"),
         ("resnet10t", {}, "conv1"),
     ],
 )

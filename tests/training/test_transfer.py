@@ -19,6 +19,7 @@ KINDS = [
     ("vit_micro_32", {}),
     ("vit_micro_32", {"dist_token": True}),
     ("crossvit_micro_32", {}),
+    ("evo_levit_micro_32", {}),
     ("resnet10t", {}),
 ]
 
@@ -62,7 +63,7 @@ def test_names_in_another_case_are_said_and_not_taken():
     assert match_heads(("a", "b"), ("b", "a"))[0] == (1, 0)
 
 
-@pytest.mark.parametrize(("name", "arguments"), KINDS[:3])
+@pytest.mark.parametrize(("name", "arguments"), KINDS[:4])
 def test_at_the_same_size_a_filled_model_gives_the_same_answers(name, arguments):
     old, new = (model(name, 3, seed, img_size=(32, 24), **arguments).eval() for seed in (1, 2))
     fill(new, old.state_dict(), where="w", rows=(0, 1, 2), tables=old.position_tables())
@@ -71,7 +72,7 @@ def test_at_the_same_size_a_filled_model_gives_the_same_answers(name, arguments)
         assert torch.equal(new(pictures), old(pictures))
 
 
-@pytest.mark.parametrize(("name", "arguments"), KINDS[:3])
+@pytest.mark.parametrize(("name", "arguments"), KINDS[:4])
 def test_positions_follow_the_size_though_no_grid_is_square(name, arguments):
     old = model(name, 3, 1, img_size=(32, 48), **arguments)
     new = model(name, 3, 2, img_size=(48, 32), **arguments).eval()
