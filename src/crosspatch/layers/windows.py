@@ -211,7 +211,9 @@ def attend(
     if added is not None:
         added = added.flatten(0, 1)[None].to(q.dtype)
     y = F.scaled_dot_product_attention(q, k, v, added, dropout_p=dropout)
-    return y.unflatten(1, (windows, heads)).transpose(2, 3).flatten(3)
+    y = y.unflatten(1, (windows, heads)).transpose(2, 3)
+    # kernels differ in how their output lies: an exported graph must not depend on which one ran
+    return y.clone(memory_format=torch.contiguous_format).flatten(3)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
