@@ -89,6 +89,11 @@ FAMILIES = {
         "deit_tiny_distilled_patch16_224",
         {"img_size": 32, "depth": 1, "embed_dim": 24},
     ),
+    "stvit-r": ("stvit_r_micro_32", {"released": True}),
+    "stvit-r, detection, oblong": (
+        "stvit_r_micro_32",
+        {"img_size": (36, 44), "depths": (2, 6), "num_heads": (1, 2), "detection": True},
+    ),
 }
 QUICK = ("crossvit, cross", "vit, merging", "vit, registers and scales")
 

@@ -57,55 +57,61 @@ def tiny(**arguments) -> STViTR:
 # ---------------------------------------------------------------------- the authors' numbers
 
 
-@pytest.mark.parametrize("products", ["off", "on"])
-def test_the_authors_tokens_after_the_third_stage_and_their_logits(products: str) -> None:
-    golden = goldens.read(GOLDEN)
+@pytest.fixture(scope="module")
+def golden():
+    return goldens.read(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def weights(golden):
+    return golden.state_dict
+
+
+def third_stage(model: STViTR, images: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, 49, 2C) after the third stage and its merging."""
+    (found,) = model.forward_intermediates(
+        images, [2], stop_early=True, output_fmt="NHWC", intermediates_only=True
+    )
+    return model.layers[2].downsample(found).flatten(1, 2)
+
+
+def test_the_authors_tokens_after_the_third_stage_and_their_logits(golden, weights) -> None:
     model = xp.create_model("stvit_r_swin_tiny").eval()
     assert sum(p.numel() for p in model.parameters()) == golden.meta["params"]
-    xp.load_released(model, {"model": golden.state_dict})
-    with torch.no_grad(), switched(products):
-        final, maps = model.forward_intermediates(golden.images, output_fmt="NHWC")
-        merged = model.layers[2].downsample(maps[2]).flatten(1, 2)
-        assert goldens.relative_error(merged, golden.outputs["stage3"]) < 1e-4
-        assert goldens.relative_error(model.forward_head(final), golden.outputs["out"]) < 1e-4
+    xp.load_released(model, {"model": weights})
+    for products in ("off", "on"):
+        with torch.no_grad(), switched(products):
+            stage3, out = third_stage(model, golden.images), model(golden.images)
+        assert goldens.relative_error(stage3, golden.outputs["stage3"]) < 1e-4
+        assert goldens.relative_error(out, golden.outputs["out"]) < 1e-4
 
 
 @pytest.mark.parametrize("changed", ["borders", "layers.2.blocks.1.attn.q.weight"])
-def test_the_golden_notices_what_is_changed_in_the_third_stage(changed: str) -> None:
-    golden = goldens.read(GOLDEN)
+def test_the_golden_notices_what_is_changed_in_the_third_stage(golden, weights, changed) -> None:
     arguments = {"borders": "padded"} if changed == "borders" else {}
     model = xp.create_model("stvit_r_swin_tiny", **golden.meta["build"], **arguments).eval()
-    state = golden.state_dict
-    state |= {} if arguments else {changed: -state[changed]}
-    xp.load_released(model, state)
+    xp.load_released(model, weights if arguments else weights | {changed: -weights[changed]})
     with torch.no_grad():
-        (found,) = model.forward_intermediates(golden.images, [2], False, True, "NHWC", True)
-        merged = model.layers[2].downsample(found).flatten(1, 2)
-        assert goldens.relative_error(merged, golden.outputs["stage3"]) > 1e-4
+        found = third_stage(model, golden.images)
+    assert goldens.relative_error(found, golden.outputs["stage3"]) > 1e-4
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "macs"),
+    ("name", "parameters", "macs", "of_swin"),
     [
-        ("stvit_r_swin_tiny", 28_320_214, 3.60),
-        ("stvit_r_swin_small", 49_625_518, 5.83),
-        ("stvit_r_swin_base", 87_812_336, 10.23),
+        ("tiny", 28_320_214, 3.60, 4.49),
+        ("small", 49_625_518, 5.83, 8.74),
+        ("base", 87_812_336, 10.23, 15.43),
     ],
 )
-def test_parameters_and_macs(name: str, parameters: int, macs: float) -> None:
-    """The sheet's 5.83 G are what its count of the authors' code gives; ours is 0.5 % less."""
+def test_parameters_and_macs(name: str, parameters: int, macs: float, of_swin: float) -> None:
+    """The sheet counts 5.83 G for S, 0.5 % more than what is counted here; Swin's agree."""
     with torch.device("meta"):
-        model = xp.create_model(name)
+        model = xp.create_model(f"stvit_r_swin_{name}")
+        swin = timm.create_model(f"swin_{name}_patch4_window7_224")
         assert sum(p.numel() for p in model.parameters()) == parameters
         assert count_macs(model, (3, 224, 224)) / 1e9 == pytest.approx(macs, rel=0.01)
-
-
-def test_a_third_of_swins_multiply_adds_is_saved() -> None:
-    with torch.device("meta"):
-        ours = count_macs(xp.create_model("stvit_r_swin_small"), (3, 224, 224))
-        swin = count_macs(timm.create_model("swin_small_patch4_window7_224"), (3, 224, 224))
-    assert swin / 1e9 == pytest.approx(8.7, abs=0.05)
-    assert ours / swin == pytest.approx(0.67, abs=0.01)
+        assert count_macs(swin, (3, 224, 224)) / 1e9 == pytest.approx(of_swin, abs=0.01)
 
 
 # ---------------------------------------------------------------------- a unit
@@ -427,11 +433,10 @@ def test_weights_of_another_size_and_of_a_detector() -> None:
 # ---------------------------------------------------------------------- graphs
 
 
-@pytest.mark.parametrize("arguments", [{"img_size": (36, 28), **ALL_ON}, {"detection": True}])
-def test_compiles_into_one_graph(arguments) -> None:
-    model = tiny(**arguments)
+def test_compiles_into_one_graph() -> None:
+    model = tiny(img_size=(36, 28), detection=True, **ALL_ON)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    images = torch.randn(2, 3, *model.img_size)
+    images = torch.randn(2, 3, 36, 28)
     with torch.no_grad():
         assert torch.allclose(compiled(images), model(images), atol=1e-5)
     torch.compiler.reset()

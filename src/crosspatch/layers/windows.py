@@ -54,15 +54,17 @@ def to_windows(x: Tensor, window: Size) -> Tensor:
     h, w = window
     if x.shape[1] % h or x.shape[2] % w:
         raise ValueError(f"windows of {h}x{w} do not divide a map of {x.shape[1]}x{x.shape[2]}")
-    x = x.unflatten(1, (x.shape[1] // h, h)).unflatten(3, (x.shape[2] // w, w))
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    rows, columns, c = x.shape[1] // h, x.shape[2] // w, x.shape[3]
+    x = x.reshape(-1, rows, h, columns, w, c).transpose(2, 3)
+    return x.reshape(-1, rows * columns, h * w, c)
 
 
 def from_windows(x: Tensor, window: Size, size: Size) -> Tensor:
     """(B, windows, h * w, C) back to (B, H, W, C), without what `pad_to` had added to `size`."""
-    x = x.unflatten(1, counts(size, window)).unflatten(3, window)
-    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return x[:, : size[0], : size[1]]
+    (rows, columns), (h, w), c = counts(size, window), window, x.shape[3]
+    x = x.reshape(-1, rows, columns, h, w, c).transpose(2, 3)
+    x = x.reshape(-1, rows * h, columns * w, c)
+    return x if x.shape[1:3] == size else x[:, : size[0], : size[1]]
 
 
 def neighbourhoods(x: Tensor, kernel: Size, stride: Size) -> Tensor:
@@ -274,7 +276,7 @@ class WindowAttention(nn.Module):
         y = from_windows(y, self.window, padded)
         if self.shift != (0, 0):
             y = y.roll((down, right), (1, 2))
-        return y[:, : size[0], : size[1]]
+        return y if padded == size else y[:, : size[0], : size[1]]
 
     def _mask(self, size: Size, device: torch.device | None = None) -> Tensor | None:
         return window_mask(size, self.window, self.shift, self.mask_padding, device)

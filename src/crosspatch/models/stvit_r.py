@@ -73,7 +73,7 @@ class STViTR(nn.Module):
     and wide (14x14), as the released weights know it; "padded" masks padding there as elsewhere.
     detection: the authors' detection code: neighbourhoods of 14, 21 and 27, the shortcut, windows
     never cut, Swin's padding seen, and maps each with a norm of its own (`norm0`, ...), the last of
-    which stands for `norm`.
+    which stands for `norm` (the others learn from maps only).
     Raises ValueError for shapes that do not agree.
     """
 
