@@ -443,16 +443,10 @@ def test_compiles_into_one_graph() -> None:
 
 
 def test_onnx_runtime_gives_torchs_numbers_for_any_batch() -> None:
-    """The micro preset with one stage less, on maps that windows do not divide."""
-    model = xp.create_model(
-        "stvit_r_micro_32",
-        num_classes=5,
-        img_size=(36, 32),
-        depths=(2, 6),
-        num_heads=(1, 2),
-        layer_scale=0.5,
-        relative_pos=True,
-    ).eval()
+    """One unit of the micro preset, on maps that windows do not divide; whole networks are among
+    the families of `tests/deploy/test_export.py`."""
+    shape = {"depths": (6,), "num_heads": (1,), "semantic_stage": 0, "layer_scale": 0.5}
+    model = xp.create_model("stvit_r_micro_32", num_classes=5, img_size=(36, 32), **shape).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     example = torch.randn(3, 3, 36, 32)
     program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
