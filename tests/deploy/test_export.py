@@ -99,6 +99,11 @@ FAMILIES = {
         {"depth": (1, 2, 1), "img_size": (36, 27), "stagewise": False},
     ),
     "evo, copy": ("evo_levit_micro_32", {**SMALL_EVO, "fast": "copy", "distillation": False}),
+    "stvit-r": ("stvit_r_micro_32", {"released": True}),
+    "stvit-r, detection, oblong": (
+        "stvit_r_micro_32",
+        {"img_size": (36, 44), "depths": (2, 6), "num_heads": (1, 2), "detection": True},
+    ),
 }
 QUICK = ("crossvit, cross", "vit, merging", "vit, registers and scales", "evo, stage-wise")
 

@@ -22,6 +22,7 @@ MICRO = {
     "deit_tiny_distilled_patch16_224": {"depth": 2, "img_size": 32},
     "lvvit_micro_32": {"depth": 2},
     "evo_levit_micro_32": {},
+    "stvit_r_micro_32": {"depths": (1, 6, 1)},
 }
 SIDE = {"crossvit_9_dagger_224": 64}
 
