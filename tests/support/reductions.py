@@ -39,6 +39,8 @@ class Case(NamedTuple):
 
 CASES: dict[str, Case] = {
     "tome": Case({"r": 2}, {"r": 0}, merges=True),
+    "evovit": Case({}, {"keep": 1}, permutes=True),
+    "patch-drop": Case({}, {"rate": 0}, permutes=True, restores=False, trains_only=True),
 }
 
 

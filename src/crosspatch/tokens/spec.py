@@ -13,6 +13,8 @@ from crosspatch.errors import UsageError, near
 
 METHODS = {
     "tome": "tome:ToMe",
+    "evovit": "evovit:EvoViT",
+    "patch-drop": "patch_drop:PatchDrop",
 }
 """slug -> module of `crosspatch.tokens` and the class of its `Reducer`."""
 FORM = "METHOD or METHOD:option=value,…, such as mctf:r=16"
