@@ -39,6 +39,8 @@ class Case(NamedTuple):
 
 CASES: dict[str, Case] = {
     "tome": Case({"r": 2}, {"r": 0}, merges=True),
+    "stvit": Case({"tokens": 4}, None, parameters=True),
+    "psvit": Case({"pool": [1]}, {"share": [], "pool": []}),
 }
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One backbone paper, one file. Importing this package registers every model."""
 
-from crosspatch.models import crossvit, deit
+from crosspatch.models import crossvit, deit, psvit
 
-__all__ = ["crossvit", "deit"]
+__all__ = ["crossvit", "deit", "psvit"]

@@ -13,6 +13,8 @@ from crosspatch.errors import UsageError, near
 
 METHODS = {
     "tome": "tome:ToMe",
+    "stvit": "stvit:STViT",
+    "psvit": "psvit:PoolAndShare",
 }
 """slug -> module of `crosspatch.tokens` and the class of its `Reducer`."""
 FORM = "METHOD or METHOD:option=value,…, such as mctf:r=16"
