@@ -20,6 +20,7 @@ MICRO = {
     "crossvit_9_dagger_224": {"depth": ((1, 1, 0),) * 2, "embed_dim": (32, 64), "img_size": 64},
     "deit_tiny_patch16_224": {"depth": 2, "img_size": 32},
     "deit_tiny_distilled_patch16_224": {"depth": 2, "img_size": 32},
+    "psvit_micro_32": {},
 }
 SIDE = {"crossvit_9_dagger_224": 64}
 
