@@ -23,6 +23,7 @@ MICRO = {
     "lvvit_micro_32": {"depth": 2},
     "evo_levit_micro_32": {},
     "stvit_r_micro_32": {"depths": (1, 6, 1)},
+    "psvit_micro_32": {},
 }
 SIDE = {"crossvit_9_dagger_224": 64}
 

@@ -41,6 +41,8 @@ CASES: dict[str, Case] = {
     "tome": Case({"r": 2}, {"r": 0}, merges=True),
     "evovit": Case({}, {"keep": 1}, permutes=True),
     "patch-drop": Case({}, {"rate": 0}, permutes=True, restores=False, trains_only=True),
+    "stvit": Case({"tokens": 4}, None, parameters=True),
+    "psvit": Case({"pool": [1]}, {"share": [], "pool": []}),
 }
 
 

@@ -60,11 +60,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None) -> Tensor:
         """x: (B, N, C), bias: (B, N) on the keys or None. Returns (B, N, C), or (B, rows, C): what
         only the first `rows` tokens gather."""
-        if rows is None:
-            q, k, v = self.project(x)
-        else:
-            q, (k, v) = self._queries(x[:, :rows]), self._keys_and_values(x)
-        return self.merge_heads(self._fused(q, k, v, bias))
+        if rows is not None:
+            return self.over(x[:, :rows], x, bias)
+        return self.merge_heads(self._fused(*self.project(x), bias))
+
+    def over(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Output (B, M, C): what the tokens x (B, M, C) gather from context (B, N, C); bias: (B, N)
+        on its keys or None."""
+        return self.merge_heads(
+            self._fused(self._queries(x), *self._keys_and_values(context), bias)
+        )
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (B, H, N, qk/H) and values (B, H, N, value/H) of x (B, N, C)."""
@@ -107,8 +112,11 @@ class Attention(nn.Module):
 
     def apply_map(self, attention: Tensor, v: Tensor) -> Tensor:
         """Output (B, N, C) of a map (B, H, N, Nk) on values (B, H, Nk, value/H)."""
-        dropped = F.dropout(attention, self.attn_drop, self.training)
-        return self.merge_heads(dropped @ v)
+        return self.merge_heads(self.drop(attention) @ v)
+
+    def drop(self, attention: Tensor) -> Tensor:
+        """A map (B, H, N, Nk) after the attention's dropout."""
+        return F.dropout(attention, self.attn_drop, self.training)
 
     def inspected(
         self, x: Tensor, bias: Tensor | None, needs: frozenset[str]
@@ -119,6 +127,18 @@ class Attention(nn.Module):
         keys = k if "keys" in needs else None
         row = self.class_row(q, k, bias) if "class_row" in needs else None
         return self.merge_heads(self._fused(q, k, v, bias)), AttentionStats(keys, row)
+
+    def keep_values(self) -> None:
+        """Gives up queries and keys for good: from now on this layer is given another one's
+        map."""
+        rows, self.qk_width = 2 * self.qk_width, 0
+        self.qkv.out_features = self.value_width
+        for name in ("weight", "bias"):
+            whole = getattr(self.qkv, name)
+            if whole is not None:
+                kept = nn.Parameter(whole.detach()[rows:].clone(), whole.requires_grad)
+                setattr(self.qkv, name, kept)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """(B, H, N, d) to the projected output (B, N, C)."""

@@ -193,8 +193,7 @@ def run_blocks(
             hooked = reducer if reducer is not None and reducer.active(number) else None
             rows = last_rows if number == first + len(blocks) - 1 else None
             if rows is not None and _alone(block) and (not hooked or hooked.prefix_only(number)):
-                bias = hooked.bias(state, number) if hooked else None
-                state = state._replace(tokens=block(state.tokens, rows, bias))
+                state = _first_rows(block, state, number, hooked, rows, maps)
             else:
                 state = _run_block(block, state, number, hooked, shared, maps, checkpointing)
         if number in collect:
@@ -203,10 +202,25 @@ def run_blocks(
 
 
 def _alone(block: nn.Module) -> bool:
-    """Whether a block is a plain one that no hook observes and that shares no attention map."""
-    if not isinstance(block, Block) or block.attn is None or block.spec.shares is not None:
+    """Whether a block is a plain one that no hook observes."""
+    if not isinstance(block, Block) or block.attn is None:
         return False
     return torch.compiler.is_compiling() or not block.observed
+
+
+def _first_rows(
+    block: Block,
+    state: TokenState,
+    number: int,
+    reducer: Reducer | None,
+    rows: int,
+    maps: dict[int, Tensor],
+) -> TokenState:
+    """The last block, of which the first `rows` tokens are read."""
+    if block.spec.shares is not None:
+        return state._replace(tokens=_sharing(block, state.tokens, number, maps, rows))
+    bias = reducer.bias(state, number) if reducer else None
+    return state._replace(tokens=block(state.tokens, rows, bias))
 
 
 def _run_block(
@@ -222,56 +236,68 @@ def _run_block(
     recomputed = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     if reducer is not None and block.attn is not None and block.spec.shares is None:
         run = partial(recomputed, _hooked) if again else _hooked
-        return run(block, state, number, reducer)
+        state, shown = run(block, state, number, reducer, number in shared)
+        if shown is not None:
+            maps[number] = shown
+        return state
     if block.spec.shares is not None or number in shared:
         return state._replace(tokens=_sharing(block, state.tokens, number, maps))
     run = partial(recomputed, block) if again else block
     return state._replace(tokens=run(state.tokens))
 
 
-def _sharing(block: Block, x: Tensor, number: int, maps: dict[int, Tensor]) -> Tensor:
-    """A block that shows its attention map to later ones, or reads an earlier one's."""
+def _sharing(
+    block: Block, x: Tensor, number: int, maps: dict[int, Tensor], rows: int | None = None
+) -> Tensor:
+    """A block that shows its attention map to later ones, or reads an earlier one's. Attention's
+    dropout is applied where the map is made."""
     attn, normed = block.attn, block.norm1(x)
     if block.spec.shares is None:
         q, k, v = attn.project(normed)
-        maps[number] = attn.map(q, k)
+        maps[number] = attn.drop(attn.map(q, k))
     else:
         v = attn.values(normed)
         maps[number] = maps[block.spec.shares]
-    return block.add_mlp(block.add_attention(x, attn.apply_map(maps[number], v)))
+    y = attn.merge_heads(maps[number][:, :, :rows] @ v)
+    return block.add_mlp(block.add_attention(x[:, :rows], y))
 
 
-def _hooked(block: Block, state: TokenState, number: int, reducer: Reducer) -> TokenState:
-    """A block with an active reducer: each hook at its place."""
+def _hooked(
+    block: Block, state: TokenState, number: int, reducer: Reducer, shows: bool
+) -> tuple[TokenState, Tensor | None]:
+    """A block with an active reducer: each hook at its place. With the attention map (dropout
+    applied) where it `shows` it to later blocks."""
     replaced = reducer.instead(block, state, number)
     if replaced is not None:
-        return replaced
+        return replaced, None
     state = reducer.before_attention(state, number)
-    attend = _mapped if "full_map" in reducer.wants(number) else _fused
-    state, y, stats = attend(block, state, number, reducer)
+    attend = _mapped if shows or "full_map" in reducer.wants(number) else _fused
+    state, y, stats, used = attend(block, state, number, reducer)
     state = state._replace(tokens=block.add_attention(state.tokens, y))
     state = reducer.after_attention(state, number, stats)
     state = state._replace(tokens=block.add_mlp(state.tokens))
-    return reducer.after_block(state, number)
+    return reducer.after_block(state, number), (used if shows else None)
 
 
 def _fused(
     block: Block, state: TokenState, number: int, reducer: Reducer
-) -> tuple[TokenState, Tensor, AttentionStats]:
+) -> tuple[TokenState, Tensor, AttentionStats, None]:
     """Attention by the fused kernel, and what is wanted beside it."""
     normed, bias = block.norm1(state.tokens), reducer.bias(state, number)
-    return state, *block.attn.inspected(normed, bias, reducer.wants(number))
+    return state, *block.attn.inspected(normed, bias, reducer.wants(number)), None
 
 
 def _mapped(
     block: Block, state: TokenState, number: int, reducer: Reducer
-) -> tuple[TokenState, Tensor, AttentionStats]:
-    """Attention by its full map, which the reducer may change together with the tokens."""
+) -> tuple[TokenState, Tensor, AttentionStats, Tensor]:
+    """Attention by its full map, which the reducer may change together with the tokens, and last
+    the map that was used."""
     normed = block.norm1(state.tokens)
     q, k = block.attn.qk(normed)
     attention = block.attn.map(q, k, reducer.bias(state, number))
     after, used = reducer.between(state, attention, number)
     if after.tokens is not state.tokens:
         normed = block.norm1(after.tokens)
-    y = block.attn.apply_map(used, block.attn.values(normed))
-    return after, y, AttentionStats(k, attention[:, :, 0], attention)
+    used = block.attn.drop(used)
+    y = block.attn.merge_heads(used @ block.attn.values(normed))
+    return after, y, AttentionStats(k, attention[:, :, 0], attention), used

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,19 +12,6 @@ from torch import nn
 from crosspatch.layers.block import BlockOptions, BlockSpec, make_blocks
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.tokens import TokenState
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """A run of blocks of one width. `stride` is that of the reduction BEFORE the stage.
-
-    A stage whose width differs from the one before, or whose stride is above 1, begins with a
-    `StageReduction`.
-    """
-
-    width: int
-    blocks: tuple[BlockSpec, ...]
-    stride: int = 1
 
 
 class StageReduction(nn.Module):
@@ -49,6 +36,20 @@ class StageReduction(nn.Module):
         return state._replace(tokens=tokens, grid=(image.shape[2], image.shape[3]))
 
 
+@dataclass(frozen=True)
+class StageSpec:
+    """A run of blocks of one width. `stride` is that of the reduction BEFORE the stage.
+
+    A stage whose width differs from the one before, or whose stride is above 1, begins with a
+    `reduction`: (width before, width, stride) to a module that takes a state to a state.
+    """
+
+    width: int
+    blocks: tuple[BlockSpec, ...]
+    stride: int = 1
+    reduction: Callable[[int, int, int], nn.Module] = StageReduction
+
+
 def build_stages(
     stages: Sequence[StageSpec], options: BlockOptions, rate: float
 ) -> tuple[nn.Sequential, nn.ModuleDict]:
@@ -61,23 +62,27 @@ def build_stages(
     blocks, reductions, width = [], nn.ModuleDict(), stages[0].width
     for number, stage in enumerate(stages):
         if stage.width != width or stage.stride > 1:
-            reductions[str(number)] = StageReduction(width, stage.width, stage.stride)
+            reductions[str(number)] = stage.reduction(width, stage.width, stage.stride)
         width = stage.width
         mine = [next(rates) for _ in stage.blocks]
         blocks += make_blocks(width, stage.blocks, options, mine)
-    _check_sharing([spec for stage in stages for spec in stage.blocks])
+    _check_sharing(stages)
     return nn.Sequential(*blocks), reductions
 
 
-def _check_sharing(specs: Sequence[BlockSpec]) -> None:
+def _check_sharing(stages: Sequence[StageSpec]) -> None:
+    specs = [spec for stage in stages for spec in stage.blocks]
+    starts: list[int] = []
+    for stage in stages:
+        starts += [len(starts)] * len(stage.blocks)
     for number, spec in enumerate(specs):
         if spec.shares is None:
             continue
-        donor = specs[spec.shares] if 0 <= spec.shares < number else None
+        donor = specs[spec.shares] if starts[number] <= spec.shares < number else None
         if donor is None or not donor.exists or donor.heads != spec.heads:
             raise ValueError(
                 f"block {number} shares the attention of block {spec.shares}; expected an earlier, "
-                f"existing block with {spec.heads} heads"
+                f"existing block with {spec.heads} heads in its own stage"
             )
 
 
@@ -88,5 +93,5 @@ def truncated(stages: Sequence[StageSpec], depth: int) -> tuple[StageSpec, ...]:
         blocks = stage.blocks[: max(0, depth)]
         depth -= len(stage.blocks)
         if blocks:
-            kept.append(StageSpec(stage.width, blocks, stage.stride))
+            kept.append(replace(stage, blocks=blocks))
     return tuple(kept)

@@ -156,6 +156,20 @@ def require_class_token(host: Host, method: str) -> None:
         )
 
 
+def check_shared(host: Host, reducer: Reducer) -> None:
+    """Raises ValueError where `reducer` would run between a block of `host` and one that shares its
+    attention map."""
+    for block, spec in enumerate(host.specs):
+        if spec is None or spec.shares is None:
+            continue
+        for between in range(spec.shares, block):
+            if reducer.active(between):
+                raise ValueError(
+                    f"block {block} shares the attention map of block {spec.shares}: nothing may "
+                    f"be reduced from that one on, and block {between} would be"
+                )
+
+
 def per_block(value: float | Sequence[float], host: Host, name: str) -> tuple[float, ...]:
     """A number for every block: `value` for each that attends, or as listed.
 

@@ -22,7 +22,14 @@ from crosspatch.layers.block import run_blocks
 from crosspatch.layers.reducer import Reducer
 from crosspatch.layers.tokens import TokenState
 from crosspatch.metrics.macs import count_macs, counted
-from crosspatch.tokens.host import attach, branch_names, converted, hosts_of, reducers_of
+from crosspatch.tokens.host import (
+    attach,
+    branch_names,
+    check_shared,
+    converted,
+    hosts_of,
+    reducers_of,
+)
 from crosspatch.tokens.spec import METHODS
 from crosspatch.tokens.walk import walk
 
@@ -157,7 +164,9 @@ def _by_branch(
 
 def _built(method: str, host: Any, options: dict[str, Any]) -> Reducer:
     try:
-        return method_class(method)(host, **options)
+        reducer = method_class(method)(host, **options)
+        check_shared(host, reducer)
+        return reducer
     except CrosspatchError:
         raise
     except (TypeError, ValueError) as error:

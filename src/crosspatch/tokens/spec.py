@@ -15,6 +15,8 @@ METHODS = {
     "tome": "tome:ToMe",
     "evovit": "evovit:EvoViT",
     "patch-drop": "patch_drop:PatchDrop",
+    "stvit": "stvit:STViT",
+    "psvit": "psvit:PoolAndShare",
 }
 """slug -> module of `crosspatch.tokens` and the class of its `Reducer`."""
 FORM = "METHOD or METHOD:option=value,…, such as mctf:r=16"
