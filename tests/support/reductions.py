@@ -39,6 +39,9 @@ class Case(NamedTuple):
 
 CASES: dict[str, Case] = {
     "tome": Case({"r": 2}, {"r": 0}, merges=True),
+    "dcal": Case(
+        {"ratio": 0.3, "feature": "mean"}, {"branch": "sa"}, permutes=True, parameters=True
+    ),
 }
 
 

@@ -64,7 +64,7 @@ class Attention(nn.Module):
             q, k, v = self.project(x)
         else:
             q, (k, v) = self._queries(x[:, :rows]), self._keys_and_values(x)
-        return self.merge_heads(self._fused(q, k, v, bias))
+        return self.merge_heads(self.fused(q, k, v, bias))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (B, H, N, qk/H) and values (B, H, N, value/H) of x (B, N, C)."""
@@ -113,12 +113,16 @@ class Attention(nn.Module):
     def inspected(
         self, x: Tensor, bias: Tensor | None, needs: frozenset[str]
     ) -> tuple[Tensor, AttentionStats]:
-        """`forward` together with what `needs` names of keys and class row; the fused kernel
-        stays."""
+        """`forward` together with what `needs` names of keys, class row and map; the fused kernel
+        stays, and the map beside it has no gradient."""
         q, k, v = self.project(x)
         keys = k if "keys" in needs else None
         row = self.class_row(q, k, bias) if "class_row" in needs else None
-        return self.merge_heads(self._fused(q, k, v, bias)), AttentionStats(keys, row)
+        full = None
+        if "map" in needs:
+            with torch.no_grad():
+                full = self.map(q, k, bias)
+        return self.merge_heads(self.fused(q, k, v, bias)), AttentionStats(keys, row, full)
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """(B, H, N, d) to the projected output (B, N, C)."""
@@ -127,7 +131,9 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Softmax(q k^T scale + bias) v by the kernel that makes no map. q: (B, H, N, d), k, v:
+        (B, H, Nk, d), bias: (B, Nk) or None; returns (B, H, N, d)."""
         mask = bias[:, None, None, :].to(q.dtype) if bias is not None else None
         p = self.attn_drop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, scale=self.scale)

@@ -13,6 +13,7 @@ from crosspatch.errors import UsageError, near
 
 METHODS = {
     "tome": "tome:ToMe",
+    "dcal": "dcal:DCAL",
 }
 """slug -> module of `crosspatch.tokens` and the class of its `Reducer`."""
 FORM = "METHOD or METHOD:option=value,…, such as mctf:r=16"
