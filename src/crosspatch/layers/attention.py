@@ -64,7 +64,7 @@ class Attention(nn.Module):
             q, k, v = self.project(x)
         else:
             q, (k, v) = self._queries(x[:, :rows]), self._keys_and_values(x)
-        return self.merge_heads(self.fused(q, k, v, bias))
+        return self.merge_heads(self._fused(q, k, v, bias))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (B, H, N, qk/H) and values (B, H, N, value/H) of x (B, N, C)."""
@@ -94,6 +94,11 @@ class Attention(nn.Module):
         k, v = both.split([self.qk_width, self.value_width], dim=-1)
         return self.k_norm(self._heads(k)), self._heads(v)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Output (B, N, C) of given queries (B, H, N, d) over keys and values (B, H, Nk, d), by the
+        fused kernel."""
+        return self.merge_heads(self._fused(q, k, v, None))
+
     def map(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
         """The attention map (B, H, Nq, Nk) that the fused kernel never shows."""
         logits = (q * self.scale) @ k.transpose(-2, -1)
@@ -122,7 +127,7 @@ class Attention(nn.Module):
         if "map" in needs:
             with torch.no_grad():
                 full = self.map(q, k, bias)
-        return self.merge_heads(self.fused(q, k, v, bias)), AttentionStats(keys, row, full)
+        return self.merge_heads(self._fused(q, k, v, bias)), AttentionStats(keys, row, full)
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """(B, H, N, d) to the projected output (B, N, C)."""
@@ -131,9 +136,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """Softmax(q k^T scale + bias) v by the kernel that makes no map. q: (B, H, N, d), k, v:
-        (B, H, Nk, d), bias: (B, Nk) or None; returns (B, H, N, d)."""
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         mask = bias[:, None, None, :].to(q.dtype) if bias is not None else None
         p = self.attn_drop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, scale=self.scale)

@@ -215,8 +215,8 @@ class PairWise(Reducer):
         attn, partner = module.attn, state.carry.partner
         q, k, v = attn.project(module.norm1(state.tokens))
         k, v = (torch.cat([x, x[partner]], dim=2) for x in (k, v))
-        y = attn.merge_heads(attn.fused(q, k, v, None))
-        return state._replace(tokens=module.add_mlp(module.add_attention(state.tokens, y)))
+        tokens = module.add_attention(state.tokens, attn.attend(q, k, v))
+        return state._replace(tokens=module.add_mlp(tokens))
 
 
 def paired(state: TokenState, partner: Tensor) -> TokenState:
