@@ -43,6 +43,9 @@ CASES: dict[str, Case] = {
     "patch-drop": Case({}, {"rate": 0}, permutes=True, restores=False, trains_only=True),
     "stvit": Case({"tokens": 4}, None, parameters=True),
     "psvit": Case({"pool": [1]}, {"share": [], "pool": []}),
+    "dcal": Case(
+        {"ratio": 0.3, "feature": "mean"}, {"branch": "sa"}, permutes=True, parameters=True
+    ),
 }
 
 

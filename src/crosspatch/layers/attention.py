@@ -99,6 +99,11 @@ class Attention(nn.Module):
         k, v = both.split([self.qk_width, self.value_width], dim=-1)
         return self.k_norm(self._heads(k)), self._heads(v)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Output (B, N, C) of given queries (B, H, N, d) over keys and values (B, H, Nk, d), by the
+        fused kernel."""
+        return self.merge_heads(self._fused(q, k, v, None))
+
     def map(self, q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
         """The attention map (B, H, Nq, Nk) that the fused kernel never shows."""
         logits = (q * self.scale) @ k.transpose(-2, -1)
@@ -121,12 +126,16 @@ class Attention(nn.Module):
     def inspected(
         self, x: Tensor, bias: Tensor | None, needs: frozenset[str]
     ) -> tuple[Tensor, AttentionStats]:
-        """`forward` together with what `needs` names of keys and class row; the fused kernel
-        stays."""
+        """`forward` together with what `needs` names of keys, class row and map; the fused kernel
+        stays, and the map beside it has no gradient."""
         q, k, v = self.project(x)
         keys = k if "keys" in needs else None
         row = self.class_row(q, k, bias) if "class_row" in needs else None
-        return self.merge_heads(self._fused(q, k, v, bias)), AttentionStats(keys, row)
+        full = None
+        if "map" in needs:
+            with torch.no_grad():
+                full = self.map(q, k, bias)
+        return self.merge_heads(self._fused(q, k, v, bias)), AttentionStats(keys, row, full)
 
     def keep_values(self) -> None:
         """Gives up queries and keys for good: from now on this layer is given another one's

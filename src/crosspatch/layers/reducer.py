@@ -44,7 +44,9 @@ class Reducer(nn.Module):
         return True
 
     def wants(self, block: int) -> frozenset[str]:
-        """What the attention of this block must show: out of "keys", "class_row", "full_map"."""
+        """What the attention of this block must show: out of "keys", "class_row", "full_map" (the
+        map that is used, which `between` may change) and "map" (beside the fused kernel, without a
+        gradient)."""
         return self.needs
 
     def prefix_only(self, block: int) -> bool:

@@ -17,6 +17,7 @@ METHODS = {
     "patch-drop": "patch_drop:PatchDrop",
     "stvit": "stvit:STViT",
     "psvit": "psvit:PoolAndShare",
+    "dcal": "dcal:DCAL",
 }
 """slug -> module of `crosspatch.tokens` and the class of its `Reducer`."""
 FORM = "METHOD or METHOD:option=value,…, such as mctf:r=16"
