@@ -70,6 +70,8 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
         method, options = spec.parse(given["reduce"])
         check_options(method, options)
         given["reduce"] = spec.spell(method, options)
+    if "objective" in given:
+        resolve_objective(given["objective"], given.get("reduce", given["objective"]))
     return given
 
 
