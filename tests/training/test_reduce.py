@@ -90,7 +90,7 @@ def test_a_run_keeps_its_reduction_and_everything_reads_it(opened, tmp_path):
     config = RunFolder(tmp_path / "r").read_config()
     assert config["recipe"]["reduce"] == config["asked"]["reduce"] == "tome:r=3"
     said = " ".join(config["why"]["reasons"])
-    assert "tome:r=3: from 17 to 5 in evaluation" in said
+    assert "tome:r=3: from 17 to 5, and in evaluation" in said
     kept = {"kind": "reduce", "method": "tome", "options": {"r": 3}}
     assert read_config(tmp_path / "r" / "model")["transforms"] == [kept]
     again = load_model(tmp_path / "r")

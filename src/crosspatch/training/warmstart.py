@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from crosspatch.metrics.macs import count_macs
 from crosspatch.tokens import spec
-from crosspatch.tokens.reduce import reduce
+from crosspatch.tokens.host import branch_names, reducers_of
+from crosspatch.tokens.reduce import put
 from crosspatch.training import plan as plans
 from crosspatch.training import team
 from crosspatch.training.package import build_model, take_weights
@@ -72,19 +74,19 @@ def plan_with_weights(
 def _what_is_saved(recipe: Recipe, classes: int) -> str:
     """A sentence about the recipe's reduction. Raises UsageError for one that its model cannot
     have."""
-    method, options = spec.parse(recipe.reduce)
-    bare = build_model(replace(recipe, weights={}, reduce=""), classes, training=False)
-    _, cost = reduce(bare, method, **options)
-    spans: dict[str, list[int]] = {}
-    for one in cost.blocks:
-        spans.setdefault(one.branch, []).extend((one.entering, one.leaving))
+    model = build_model(replace(recipe, weights={}, reduce=""), classes, training=False)
+    base = count_macs(model, (3, *recipe.size))
+    put(model, *spec.parse(recipe.reduce))
+    macs = count_macs(model, (3, *recipe.size))
+    names = branch_names(model) or ("",)
     tokens = ", ".join(
-        f"{f'{branch} ' if branch else ''}from {seen[0]:,} to {seen[-1]:,}"
-        for branch, seen in spans.items()
+        f"{f'{name} ' if name else ''}from {reducer.counts[0]:,} to {reducer.counts[-1]:,}"
+        for name, reducer in zip(names, reducers_of(model), strict=True)
+        if reducer is not None
     )
     return (
-        f"Tokens are reduced by {recipe.reduce}: {tokens} in evaluation, {cost.macs / 1e6:,.1f} "
-        f"instead of {cost.base / 1e6:,.1f} million multiply-adds ({-100 * cost.saved:+.0f} %)."
+        f"Tokens are reduced by {recipe.reduce}: {tokens}, and in evaluation {macs / 1e6:,.1f} "
+        f"instead of {base / 1e6:,.1f} million multiply-adds ({100 * (macs / base - 1):+.0f} %)."
     )
 
 
