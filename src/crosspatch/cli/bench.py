@@ -140,6 +140,7 @@ def _answer(found: Benched, written: Sequence[Path]) -> dict[str, Any]:
                 "size": list(one.size),
                 "parameters": one.parameters,
                 "macs": one.macs,
+                "reduction": one.reduction,
                 "bytes": {precision_of(bundle.info): bundle.size for bundle in one.bundles},
             }
             for one in found.subjects
@@ -175,9 +176,10 @@ def _print(screen: Any, found: Benched, verdicts: Sequence[str], written: Sequen
         if not rows:
             continue
         sides = "x".join(str(side) for side in subject.size)
+        fewer = f" reduced by {subject.reduction}" if subject.reduction else ""
         screen.line()
         screen.line(
-            f"{subject.name}, {sides} pixels, {words.count(subject.parameters)} parameters, "
+            f"{subject.name}{fewer}, {sides} pixels, {words.count(subject.parameters)} parameters, "
             f"{words.count(subject.macs)} multiply-adds",
             "bold",
         )

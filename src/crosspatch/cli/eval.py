@@ -64,16 +64,19 @@ def evaluate(
     if output.json:
         skipped = [{"path": path, "reason": reason} for path, reason in found.skipped]
         head = {"run": str(run), "engine": found.engine, "data": data, "split": found.split}
+        head["reduction"] = found.reduction
         print_json({**head, **found.metrics, "skipped": skipped})
     return 0
 
 
 class _Found(NamedTuple):
-    """What was measured: on which split and why, its figures, predictions and unread files."""
+    """What was measured: on which split and why, by what, its figures, predictions and unread
+    files."""
 
     split: str
     why: str
     engine: dict[str, Any]
+    reduction: str
     metrics: dict[str, Any]
     rows: Iterator[dict[str, Any]]
     skipped: list[tuple[str, str]]
@@ -121,7 +124,8 @@ def _measure(
     rows = task.predictions(read, truth, answers.probs, name)
     skipped = [(one.path, one.reason) for one in source.skipped]
     skipped += [(keys[one.index], one.reason) for one in answers.failures]
-    return _Found(name, why, predictor.engine.setting._asdict(), metrics, rows, skipped)
+    how = (predictor.engine.setting._asdict(), predictor.reduction)
+    return _Found(name, why, *how, metrics, rows, skipped)
 
 
 def _opened(run: Path, data: str, reading: dict[str, Any], several: bool) -> Source:

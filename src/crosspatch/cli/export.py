@@ -93,6 +93,7 @@ def _summary(run: Path, exported: Exported, to: str) -> dict[str, Any]:
         "size": exported.size,
         "seconds": round(exported.seconds, 3),
         "architecture": info.architecture,
+        "reduction": info.reduction,
         "parameters": info.parameters,
         "macs": info.macs,
         "task": info.task,
@@ -132,6 +133,8 @@ def _print(screen: Any, run: Path, exported: Exported, to: str) -> None:
         f"  {info.architecture}, {words.count(info.parameters)} parameters, pictures of "
         f"{height}x{width} pixels, {words.plural(len(info.classes), 'class', 'classes')}"
     )
+    if info.reduction:
+        screen.line(f"  tokens reduced by {info.reduction}")
     if info.accuracy is not None:
         figures, whose = info.accuracy, "" if info.precision == "fp32" else " before int8"
         screen.line(f"  {figures['split']} {_figure(figures, whose)}")

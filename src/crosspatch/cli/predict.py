@@ -93,6 +93,7 @@ def predict(
         print_json({
             "run": str(run),
             "engine": predictor.engine.setting._asdict(),
+            "reduction": predictor.reduction,
             "classes": answers.classes,
             **({"thresholds": answers.thresholds} if several else {}),
             "predictions": rows,

@@ -322,6 +322,8 @@ def _skipped_rows(info: dict[str, Any], most: int = 5) -> Iterable[tuple[str, st
 
 def _model_text(info: dict[str, Any]) -> str:
     parts = [str(info["model"])]
+    if info.get("reduce"):
+        parts.append(f"reduced by {info['reduce']}")
     if info.get("size"):
         parts.append("x".join(str(side) for side in info["size"]) + " pixels")
     if info.get("fit"):
@@ -340,6 +342,8 @@ def _training_text(info: dict[str, Any]) -> str:
         parts.append(f"{info['steps']:,} steps of {info.get('batch', '?')} pictures")
     if info.get("lr") and not probe:
         parts.append(f"rate {info['lr']:.2g}")
+    if info.get("objective") not in (None, "supervised"):
+        parts.append(f"objective of {info['objective']}")
     if info.get("precision"):
         parts.append(f"{info['precision']} on {info.get('device', 'cpu')}")
     return ", ".join(parts)

@@ -98,6 +98,14 @@ class Choices:
     ] = None
     """What it begins with: a run, a .safetensors file, a released checkpoint by timm's name."""
 
+    reduce: Annotated[str | None, Parameter(metavar="METHOD:OPTION=VALUE,…")] = None
+    """Fewer tokens from block to block, in training and ever after, such as tome:r=8."""
+
+    objective: Annotated[Literal["auto", "supervised"] | None, Parameter(show_default="auto")] = (
+        None
+    )
+    """What is learnt (auto: what the paper of --reduce trains with, else the labels alone)."""
+
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of the computation."""
 

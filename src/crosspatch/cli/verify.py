@@ -13,7 +13,7 @@ from crosspatch.cli.predict import find, nothing_readable
 
 if TYPE_CHECKING:
     from crosspatch.deploy.bundle import Bundle
-    from crosspatch.deploy.verify import Report
+    from crosspatch.deploy.verify import EngineReport, Report
 
 AGAINST = (
     "The folder of the run to compare with (left alone: the run that the bundle lies in, else the "
@@ -92,10 +92,15 @@ def _print(screen: Any, report: Report, unreadable: list[tuple[str, str]]) -> No
         f"  {bundle.info.architecture}, {bundle.format} {bundle.info.precision}, "
         f"{words.size(bundle.size)}, sha256 {bundle.hash[:16]}"
     )
+    if bundle.info.reduction:
+        screen.line(f"  tokens reduced by {bundle.info.reduction}")
     screen.line(f"  compared with {_reference(report)}")
     screen.line(f"  on {_on_what(report)}")
     screen.line()
     _table(screen, report)
+    for one in report.engines:
+        if one.selection is not None and one.selection["pictures"]:
+            screen.line(f"  {one.engine} {one.precision}: {_selection(report, one)}", "yellow")
     if unreadable:
         screen.line()
         screen.line(f"{words.plural(len(unreadable), 'name')} could not be read", "yellow")
@@ -109,7 +114,8 @@ def _print(screen: Any, report: Report, unreadable: list[tuple[str, str]]) -> No
     for one in report.engines:
         for text in one.problems:
             screen.line(f"mismatch  {one.engine} {one.precision}: {text}", "red")
-        for row in one.changed[:3] if one.problems else []:
+        changed = [row for row in one.changed if not row.get("near_tie")]
+        for row in changed[:3] if one.problems else []:
             screen.line(f"          {row['picture']}: {row['engine']}, not {row['reference']}")
     screen.line(f"try       {_advice(report)}", "green")
 
@@ -152,6 +158,18 @@ def _table(screen: Any, report: Report) -> None:
         took = _milliseconds(report.torch_milliseconds)
         screen.line(f"  {'torch fp32':18}{'':40}{took:>12}   1.00x")
     screen.line("  latency of one picture on one thread")
+
+
+def _selection(report: Report, one: EngineReport) -> str:
+    """`token selection differs on 1 of 200 pictures …`: what near-ties did."""
+    found: Any = one.selection
+    said = f"token selection differs on {found['pictures']:,} of {report.pictures:,} pictures"
+    said += f" (by up to {found['difference']:.1e})"
+    if found["near_ties"] is None:
+        return said
+    if found["near_ties"] == found["pictures"]:
+        return f"{said}: two tokens score almost the same there"
+    return f"{said}, on {found['near_ties']:,} of them because two tokens score almost the same"
 
 
 def _small(value: float | None) -> str:

@@ -48,6 +48,8 @@ DECODING = {
 """How a picture file becomes RGB pixels, in words; `crosspatch.data.decode` does it."""
 LARGEST = 8192  # pixels a side that a bundle may ask for: a stranger's must not eat the memory
 CHECKS = 2  # pictures made by a formula, whose probabilities stand in the bundle
+CANDIDATES = 12  # of such pictures, that those are chosen from where tokens are reduced
+LONGEST = 4000  # letters in the name of a reduction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,9 @@ class BundleInfo:
     not fitted); accuracy: {split, images, accuracy, low, high} of the run, and of multilabel map,
     map_low, map_high, or None; weights: sha256 of the run's model.safetensors; check: what torch
     gave for `check_pictures`, (CHECKS, K); task: out of SCHEMAS; thresholds: (K,) of multilabel, a
-    picture has the classes whose probability is not below theirs, else ().
+    picture has the classes whose probability is not below theirs, else (); reduction: of tokens, as
+    `tokens.spec.spell` writes it, "" without one; checks: numbers of the check pictures of a
+    reduced model (see `deploy.ties`), () for the first ones.
     """
 
     classes: tuple[str, ...]
@@ -77,6 +81,14 @@ class BundleInfo:
     decoding: dict[str, str] = field(default_factory=lambda: dict(DECODING))
     task: str = "classify"
     thresholds: tuple[float, ...] = ()
+    reduction: str = ""
+    checks: tuple[int, ...] = ()
+
+    @property
+    def check_pictures(self) -> np.ndarray:
+        """The pictures (n, H, W, 3) uint8 that `check` has torch's answers to."""
+        numbers = list(self.checks or range(len(self.check)))
+        return check_pictures(self.preprocess.size, max(numbers, default=-1) + 1)[numbers]
 
     @property
     def schema(self) -> int:
@@ -86,8 +98,9 @@ class BundleInfo:
     def to_json(self) -> str:
         """One JSON object; the inverse of `from_json`."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if not self.thresholds:
-            del plain["thresholds"]  # readers of schema 1 know no such thing
+        for name in ("thresholds", "reduction", "checks"):
+            if not plain[name]:
+                del plain[name]  # older readers know no such thing
         plain |= {"preprocess": self.preprocess.to_dict(), "schema": self.schema}
         return json.dumps(plain, allow_nan=False)
 
@@ -139,11 +152,18 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{len(thresholds)} thresholds for the task {task}")
     if not all(0 <= one <= 1 for one in thresholds):
         raise ValueError("thresholds are between 0 and 1")
+    reduction, checks = given.get("reduction", ""), tuple(given.get("checks", ()))
+    if not isinstance(reduction, str) or len(reduction) > LONGEST:
+        raise ValueError("reduction must be a name")
+    if checks and len(checks) != len(check):
+        raise ValueError("another number of check pictures than of their answers")
+    if not all(isinstance(one, int) and 0 <= one < CANDIDATES for one in checks):
+        raise ValueError(f"check pictures are numbered from 0 to {CANDIDATES - 1}")
     preprocess = Preprocess.from_dict(given["preprocess"])
     if max(preprocess.store) > LARGEST:
         raise ValueError(f"pictures of {preprocess.store} pixels")
     made = {"classes": classes, "check": check, "temperature": temperature}
-    made["thresholds"] = thresholds
+    made |= {"thresholds": thresholds, "checks": checks}
     return given | made | {"preprocess": preprocess}
 
 

@@ -56,8 +56,15 @@ class Shipped(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        pictures = image.permute(0, 3, 1, 2).float()
-        logits = self.module((pictures - self.mean) / self.std)
+        return self.answer(self.normalised(image))
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, 3, H, W) float32."""
+        return (image.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
+    def answer(self, inputs: Tensor) -> Tensor:
+        """What `normalised` gives -> probabilities (B, K)."""
+        logits = self.module(inputs)
         return activate(logits.float() / self.temperature, self.task)
 
 

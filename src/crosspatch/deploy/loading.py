@@ -57,7 +57,8 @@ def load(
         )
     opened = open_bundle(bundle, engine, threads, batch)
     info = bundle.info
-    return Predictor(opened, info.classes, info.preprocess, info, thresholds=info.thresholds)
+    told = {"thresholds": info.thresholds, "reduction": info.reduction}
+    return Predictor(opened, info.classes, info.preprocess, info, **told)
 
 
 def open_bundle(
@@ -109,4 +110,5 @@ def _load_run(run: Path, engine: str, threads: int | None, device: str | None) -
 
     trained = load_model(run)
     runner = TorchEngine(trained, threads, device=device)
-    return Predictor(runner, trained.classes, trained.preprocess, thresholds=trained.thresholds)
+    told = {"thresholds": trained.thresholds, "reduction": trained.reduction}
+    return Predictor(runner, trained.classes, trained.preprocess, **told)

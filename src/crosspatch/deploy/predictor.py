@@ -95,7 +95,7 @@ class Predictor:
 
     classes: K names in the order of the engine's probabilities; preprocess: how a picture becomes
     the engine's input; info: what the bundle says of itself, None for the model of a run;
-    thresholds: as in `Predictions`.
+    thresholds: as in `Predictions`; reduction: of the model's tokens, "" without one.
     """
 
     def __init__(
@@ -105,12 +105,14 @@ class Predictor:
         preprocess: Preprocess,
         info: BundleInfo | None = None,
         thresholds: Sequence[float] = (),
+        reduction: str = "",
     ) -> None:
         self.engine = engine
         self.classes = tuple(classes)
         self.preprocess = preprocess
         self.info = info
         self.thresholds = tuple(thresholds)
+        self.reduction = reduction
 
     @property
     def task(self) -> str:

@@ -23,7 +23,8 @@ ORDER = ("torch", "onnxruntime", "openvino")
 
 
 class Subject(NamedTuple):
-    """What is measured. trained: for torch, or None; bundles: for the other engines."""
+    """What is measured. trained: for torch, or None; bundles: for the other engines; reduction: of
+    its tokens, "" without one."""
 
     name: str
     trained: Trained | None
@@ -31,6 +32,7 @@ class Subject(NamedTuple):
     size: tuple[int, int]
     parameters: int
     macs: int
+    reduction: str = ""
 
     def settings(self, engines: Sequence[str]) -> list[tuple[str, str, Bundle | None]]:
         """(engine, precision, its bundle) of all that can run here and is asked for."""
@@ -79,7 +81,8 @@ def prepare(
             if strict:
                 raise
             remarks.append(f"{name} runs in torch alone: {error.got}; {error.do}")
-    return Subject(name, trained, bundles, trained.preprocess.size, info.parameters, info.macs)
+    figures = (trained.preprocess.size, info.parameters, info.macs, info.reduction)
+    return Subject(name, trained, bundles, *figures)
 
 
 def _load(name: str, size: int | tuple[int, int] | None) -> tuple[Trained, str]:
@@ -102,10 +105,11 @@ def _of_bundle(name: str, bundle: Bundle) -> Subject:
     trained = load_model(run) if (run / "model").is_dir() else None
     if trained is not None:
         parameters = sum(p.numel() for p in trained.module.parameters())
-        same = (trained.classes, trained.preprocess, parameters)
-        if same != (info.classes, info.preprocess, info.parameters):
+        same = (trained.classes, trained.preprocess, parameters, trained.reduction)
+        if same != (info.classes, info.preprocess, info.parameters, info.reduction):
             trained = None  # the bundle of another run
-    return Subject(name, trained, (bundle,), info.preprocess.size, info.parameters, info.macs)
+    figures = (info.preprocess.size, info.parameters, info.macs, info.reduction)
+    return Subject(name, trained, (bundle,), *figures)
 
 
 def _untrained(name: str, size: int | tuple[int, int] | None) -> Trained:

@@ -12,6 +12,7 @@ import torch
 
 from crosspatch.data.augment import normalise
 from crosspatch.deploy.engines import Setting
+from crosspatch.deploy.ties import is_tie
 from crosspatch.errors import UsageError
 from crosspatch.tasks import activate
 from crosspatch.training.package import Trained
@@ -41,6 +42,7 @@ class TorchEngine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.setting = Setting("torch", precision, torch.get_num_threads())
         self._model = trained.module.eval().to(self.device)
+        self.reduction = trained.reduction
         self._temperature, self._task = trained.temperature, trained.task
         # the pictures that come have the model's size already: nothing is cut off them
         self._preprocess = replace(trained.preprocess, store=trained.preprocess.size)
@@ -48,12 +50,22 @@ class TorchEngine:
     @torch.inference_mode()
     def run(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, 3) -> probabilities (B, K) float32."""
+        return self._answer(self._inputs(images)).cpu().numpy()
+
+    def is_tie(self, image: np.ndarray, found: np.ndarray, tolerance: float) -> bool:
+        """Whether the probabilities `found` (K,) for a picture uint8 (H, W, 3) are this model's own
+        once two tokens that score almost the same change places: see `deploy.ties`."""
+        return is_tie(self._answer, self._inputs(image[None]), found, tolerance)
+
+    def _inputs(self, images: np.ndarray) -> torch.Tensor:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(self.device)
-        inputs = normalise(pixels, self._preprocess)
+        return normalise(pixels, self._preprocess)
+
+    def _answer(self, inputs: torch.Tensor) -> torch.Tensor:
         half = self.setting.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             logits = self._model(inputs)
-        return activate(logits.float() / self._temperature, self._task).cpu().numpy()
+        return activate(logits.float() / self._temperature, self._task)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import re
+import reprlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +32,7 @@ from crosspatch.tokens.host import (
     hosts_of,
     reducers_of,
 )
-from crosspatch.tokens.spec import METHODS
+from crosspatch.tokens.spec import METHODS, require_plain, spell
 from crosspatch.tokens.walk import walk
 
 
@@ -82,28 +84,32 @@ def reduce(model: nn.Module, method: str, **options: Any) -> tuple[nn.Module, Re
     model that cannot be reduced or has been already, and what the method needs and the model lacks.
     """
     ours = _copy(model)
-    if any(r is not None for r in reducers_of(ours)):
-        raise UsageError(
-            "a model that is reduced already", "one without a reduction", "reduce the original"
-        )
     base = _macs(ours)
-    _apply(ours, method, options)
+    put(ours, method, options)
     return ours, Reduction(method, options, base, *_costs(ours))
 
 
 def replay(model: nn.Module, transform: Mapping[str, Any]) -> None:
     """Do to `model` what a stored transform says. Raises DataError where it cannot be done."""
-    method, options = transform.get("method"), transform.get("options", {})
-    if transform.get("kind") != "reduce" or not isinstance(method, str):
-        raise DataError(
-            f"the transform {dict(transform)!r}", "a reduction of tokens", "use a newer version"
-        )
+    given: Any = transform if isinstance(transform, Mapping) else {}
+    method, options = given.get("method"), given.get("options", {})
+    if given.get("kind") != "reduce" or not isinstance(method, str):
+        shown = reprlib.repr(transform)
+        raise DataError(f"the transform {shown}", "a reduction of tokens", "use a newer version")
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
-        raise DataError(f"options {options!r}", "names with values", "train again")
+        raise DataError(f"options {reprlib.repr(options)}", "names with values", "train again")
     try:
-        _apply(model, method, options)
-    except UsageError as error:
+        put(model, method[:100], options)
+    except CrosspatchError as error:
         raise DataError(error.got, error.expected, error.do) from error
+    except Exception as error:  # a stranger's options: whatever they break is the file's fault
+        raise DataError(
+            f"the reduction {method[:100]} of {reprlib.repr(options)} cannot be made ({error})"[
+                :400
+            ],
+            f"options that {method[:100]} can have on this model",
+            "train again, or use a newer version",
+        ) from error
 
 
 def _copy(model: nn.Module) -> Any:
@@ -112,10 +118,17 @@ def _copy(model: nn.Module) -> Any:
     return copy.deepcopy(ours) if ours is model else ours
 
 
-def _apply(model: Any, method: str, options: dict[str, Any]) -> None:
+def put(model: Any, method: str, options: dict[str, Any]) -> None:
+    """Put `method` on `model` itself and note it in `model.transforms`. Raises as `reduce` does."""
+    hosts = hosts_of(model)
+    if any(r is not None for r in reducers_of(model)):
+        raise UsageError(
+            "a model that is reduced already", "one without a reduction", "reduce the original"
+        )
+    require_plain(options)
     made = [
         None if mine is None else _built(method, host, mine)
-        for host, mine in zip(hosts_of(model), _by_branch(model, method, options), strict=True)
+        for host, mine in zip(hosts, _by_branch(model, method, options), strict=True)
     ]
     attach(model, made)
     done = {"kind": "reduce", "method": method, "options": options}
@@ -154,12 +167,28 @@ def _by_branch(
         found.append(None if own is None else {**common, **own})
     given = {key for one in found if one for key in one} | set(common)
     if unknown := sorted(given - set(known)):
-        raise UsageError(
-            f"{method} has no option {unknown[0]!r}",
-            f"{', '.join(known) or 'none'}" + (f"; or {', '.join(names)}" if names else ""),
-            f"{near(unknown[0], known, 1) or next(iter(known), 'nothing')}=…",
-        )
+        raise _no_option(method, unknown[0], known, names)
     return found
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that `method` has not, whatever the model will be."""
+    known = options_of(method)
+    for key, value in options.items():
+        of_branch = re.fullmatch(r"fine|coarse|b\d+", key)
+        for name in value or () if of_branch else (key,):
+            if name not in known:
+                raise _no_option(method, name, known, ("fine", "coarse"))
+
+
+def _no_option(
+    method: str, name: str, known: Mapping[str, Any], branches: tuple[str, ...]
+) -> UsageError:
+    return UsageError(
+        f"{method} has no option {name[:100]!r}",
+        f"{', '.join(known) or 'none'}" + (f"; or {', '.join(branches)}" if branches else ""),
+        f"{near(name[:100], known, 1) or next(iter(known), 'nothing')}=…",
+    )
 
 
 def _built(method: str, host: Any, options: dict[str, Any]) -> Reducer:
@@ -169,12 +198,12 @@ def _built(method: str, host: Any, options: dict[str, Any]) -> Reducer:
         return reducer
     except CrosspatchError:
         raise
-    except (TypeError, ValueError) as error:
-        shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    except (TypeError, ValueError, ArithmeticError) as error:
+        shown = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in options.items())
         raise UsageError(
             f"{method}({shown}) cannot be put on {host.name}: {error}",
             f"options of {method} that {host.depth} blocks and {host.patches} patches can have",
-            f"xp.reduce(model, {method!r}) for the defaults",
+            f"other options; the defaults are {spell(method, options_of(method))}",
         ) from error
 
 

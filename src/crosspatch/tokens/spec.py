@@ -7,6 +7,7 @@ Torch-free, so that the command line can tell at once what is wrong.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from crosspatch.errors import UsageError, near
@@ -21,7 +22,9 @@ METHODS = {
 }
 """slug -> module of `crosspatch.tokens` and the class of its `Reducer`."""
 FORM = "METHOD or METHOD:option=value,…, such as mctf:r=16"
-_NUMBER = re.compile(r"[+-]?\d+")
+LARGEST, LONGEST = 100_000, 1_000
+"""The greatest number that an option may be; entries of a list, letters of a word."""
+_NUMBER = re.compile(r"[+-]?\d{1,15}")
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -29,7 +32,8 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
 
     Values are whole numbers, decimals, yes and no, none, or words; / stands between the entries of
     a list; `fine.r=8` is r of one branch of a CrossViT and `fine=none` leaves that one alone.
-    Raises UsageError for an unknown method and for text of another form.
+    Raises UsageError for an unknown method, for text of another form and for values that no option
+    can have.
     """
     method, _, rest = text.strip().partition(":")
     if method not in METHODS:
@@ -47,7 +51,48 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         if not equals or not key.isidentifier() or not isinstance(place, dict) or key in place:
             raise UsageError(f"{part!r} in {text!r}", FORM, "--reduce mctf:r=16")
         place[key] = _value(value.strip())
+    require_plain(options)
     return method, options
+
+
+def require_plain(options: Mapping[str, Any]) -> None:
+    """Raises UsageError for values that cannot be kept in a config.json, or are beyond any use:
+    what they would build could take all memory."""
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            require_plain(value)
+        elif not _plain(value):
+            shown = str(type(value).__name__ if isinstance(value, list | tuple) else value)[:40]
+            raise UsageError(
+                f"{str(key)[:40]} = {shown}",
+                f"numbers up to {LARGEST:,}, words, yes, no, none, or a list of at most "
+                f"{LONGEST:,} of them",
+                f"another {str(key)[:40]}",
+            )
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= LONGEST and all(
+            not isinstance(one, list | tuple) and _plain(one) for one in value
+        )
+    if isinstance(value, str):
+        return len(value) <= LONGEST
+    if isinstance(value, int | float):
+        return abs(value) <= LARGEST  # which no NaN is
+    return value is None
+
+
+def same(one: str, other: str, defaults: Mapping[str, Any]) -> bool:
+    """Whether two texts mean the same reduction; defaults: of the method's options."""
+    (kind, mine), (theirs, given) = parse(one), parse(other)
+    return kind == theirs and {**defaults, **mine} == {**defaults, **given}
+
+
+def spelt(transforms: Iterable[Mapping[str, Any]]) -> str:
+    """The reduction among the transforms of a model, as `spell` writes it; "" without one."""
+    found = [one for one in transforms if one.get("kind") == "reduce"]
+    return spell(found[0]["method"], found[0].get("options", {})) if found else ""
 
 
 def spell(method: str, options: dict[str, Any]) -> str:
@@ -76,6 +121,6 @@ def _value(text: str) -> Any:
 
 def _spelled(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return "/".join(map(_spelled, value)) + ("/" if len(value) == 1 else "")
+        return "/".join(map(_spelled, value)) + ("/" if len(value) < 2 else "")
     named = {True: "yes", False: "no", None: "none"}
     return named[value] if value is None or isinstance(value, bool) else str(value)

@@ -39,6 +39,8 @@ def finish(
         "data": config["run"]["data"],
         "task": recipe.task,
         "model": recipe.model,
+        "reduce": recipe.reduce,
+        "objective": recipe.objective,
         **weight(model, recipe),
         "size": list(recipe.size),
         "classes": list(pictures.source.classes),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.errors import DataError
 from crosspatch.tasks import make_task
+from crosspatch.tokens.spec import parse, spelt
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.state import flush_folder, write_aside
 
@@ -28,13 +29,17 @@ SCHEMAS = {"classify": 1, "multilabel": 2}
 """Of config.json by task: a reader of schema 1 would take the sigmoids of the latter for a
 softmax."""
 LARGEST_CONFIG = 1 << 20  # bytes
+KINDS = {"architecture": str, "model_args": dict, "class_names": list, "preprocessing": dict,
+         "transforms": list}  # fmt: skip
+"""What config.json must hold."""
 
 
 def build_model(recipe: Recipe, classes: int, *, training: bool = True) -> nn.Module:
-    """The module that `recipe` names, seeded by it; with `recipe.weights` filled with those.
+    """The module that `recipe` names, seeded by it; with `recipe.weights` filled with those, and
+    with `recipe.reduce` in it.
 
-    Raises UsageError for an unknown model, DataError where the weights cannot be read, do not fit
-    or are no longer those of the recipe.
+    Raises UsageError for an unknown model or a reduction that it cannot have, DataError where the
+    weights cannot be read, do not fit or are no longer those of the recipe.
     """
     import torch
 
@@ -42,12 +47,27 @@ def build_model(recipe: Recipe, classes: int, *, training: bool = True) -> nn.Mo
     module = _create(recipe.model, _arguments(recipe, classes, training=training))
     if recipe.weights:
         take_weights(module, recipe)
+    _reduce(module, recipe)
     return module
+
+
+def _reduce(module: nn.Module, recipe: Recipe) -> None:
+    """Put the recipe's reduction on `module`, unless it is there already."""
+    if recipe.reduce and not transforms_of(module):
+        from crosspatch.tokens.reduce import put
+
+        put(module, *parse(recipe.reduce))
+
+
+def transforms_of(module: nn.Module) -> list[dict[str, Any]]:
+    """What was done to a module since its constructor, in order, as config.json holds it."""
+    return [dict(one) for one in getattr(module, "transforms", ())]
 
 
 def take_weights(module: nn.Module, recipe: Recipe) -> int | None:
     """Fill `module` with the weights that the recipe begins with, heads as far as `head_rows` says;
-    returns the classes of their head. Raises DataError (see `build_model`)."""
+    returns the classes of their head. Where those are of a reduced run, `module` is reduced first:
+    a reduction may have weights of its own. Raises DataError (see `build_model`)."""
     from crosspatch.training.transfer import fill
 
     source, path = recipe.weights, Path(recipe.weights["path"])
@@ -60,6 +80,8 @@ def take_weights(module: nn.Module, recipe: Recipe) -> int | None:
         )
     if source["kind"] == "run":
         theirs: Any = load_model(path).module
+        if transforms_of(theirs):
+            _reduce(module, recipe)
         tables = theirs.position_tables() if hasattr(theirs, "position_tables") else None
         how = {"rows": recipe.head_rows, "tables": tables}
         return fill(module, theirs.state_dict(), where=source["where"], **how)
@@ -114,7 +136,7 @@ def model_config(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
         "label_names": list(classes),
         "model_args": arguments,
         "preprocessing": recipe.preprocess.to_dict(),
-        "transforms": [],
+        "transforms": [_transform(recipe.reduce)] if recipe.reduce else [],
         "temperature": 1.0,
         "calibrated_on": 0,
         "thresholds": list(make_task(recipe.task, classes).thresholds),
@@ -129,8 +151,15 @@ def model_config(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
+def _transform(reduction: str) -> dict[str, Any]:
+    method, options = parse(reduction)
+    return {"kind": "reduce", "method": method, "options": options}
+
+
 def save_model(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
-    """Write config.json and model.safetensors, each aside first and renamed when whole."""
+    """Write config.json, with the module's own transforms, and model.safetensors, each aside first
+    and renamed when whole."""
+    config = config | {"transforms": transforms_of(module)}
     aside = write_aside(folder / WEIGHTS, module.state_dict(), {"format": "pt"})
     _write_config(folder, config)
     os.replace(aside, folder / WEIGHTS)
@@ -163,17 +192,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is larger than 1 MB", "a model's config.json", advice)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        needed = ("architecture", "model_args", "class_names", "preprocessing", "transforms")
-        missing = [key for key in needed if key not in config]
-    except (ValueError, TypeError) as error:
+        missing = [key for key in KINDS if key not in config]
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error})", "a model's config.json", advice) from error
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}", "a model's config.json", advice)
+    wrong = [key for key, kind in KINDS.items() if not isinstance(config[key], kind)]
+    if wrong:
+        raise DataError(
+            f"{path}: {wrong[0]} is a {type(config[wrong[0]]).__name__}",
+            f"a {KINDS[wrong[0]].__name__}",
+            advice,
+        )
     return config
 
 
 class Trained(NamedTuple):
     """A trained model: its module in evaluation mode (normalised (B, 3, H, W) -> logits (B, K)),
+    with whatever reduction it has,
     class names, preprocessing, what its logits are divided by for calibrated probabilities, on how
     many validation pictures that was fitted (0: it was not), the task, and its thresholds (K,), ()
     where it has none."""
@@ -185,6 +221,11 @@ class Trained(NamedTuple):
     calibrated_on: int
     task: str = "classify"
     thresholds: tuple[float, ...] = ()
+
+    @property
+    def reduction(self) -> str:
+        """The token reduction in it, as `tokens.spec.spell` writes it; "" without one."""
+        return spelt(transforms_of(self.module))
 
 
 def model_folder(run: str | Path) -> Path:
@@ -204,12 +245,7 @@ def load_model(run: str | Path) -> Trained:
     path = folder / WEIGHTS
     weights = _read_tensors(path)
     module = _create(config["architecture"], config["model_args"])
-    for transform in config["transforms"]:
-        raise DataError(
-            f"{folder / CONFIG} asks for the transform {transform!r}",
-            "transforms that this version knows (none yet)",
-            "use a newer version of crosspatch",
-        )
+    _replay(module, config["transforms"], folder / CONFIG)
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
@@ -233,6 +269,17 @@ def load_model(run: str | Path) -> Trained:
         int(config.get("calibrated_on", 0)),
         *_task(config, folder / CONFIG),
     )
+
+
+def _replay(module: nn.Module, transforms: list[Any], path: Path) -> None:
+    """Do to `module` what `path`, its config.json, lists. Raises DataError naming that file."""
+    from crosspatch.tokens.reduce import replay
+
+    for transform in transforms:
+        try:
+            replay(module, transform)
+        except DataError as error:
+            raise DataError(f"{path}: {error.got}", error.expected, error.do) from error
 
 
 def _task(config: dict[str, Any], path: Path) -> tuple[str, tuple[float, ...]]:

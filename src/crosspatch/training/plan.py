@@ -2,9 +2,10 @@
 """The plan: from data and machine to a recipe, with the reasons in plain sentences.
 
 `overrides` are what the user typed: model, size, fit, batch, epochs, time (seconds), lr, seed,
-precision, compile, workers, flip, recipe, linear, balance, weights (see `training.weights`); and,
-for experiments, any other field of `Recipe` ("augment" then being a dict of `AugmentConfig`
-fields). They always win. `devices` is settled before there is a plan.
+precision, compile, workers, flip, recipe, linear, balance, weights (see `training.weights`), reduce
+(see `tokens.spec`), objective (see `training.objective`); and, for experiments, any other field of
+`Recipe` ("augment" then being a dict of `AugmentConfig` fields). They always win. `devices` is
+settled before there is a plan.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from typing import Any, Protocol
 from crosspatch.data.augment import AugmentConfig
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.errors import UsageError, near
+from crosspatch.tokens import spec
+from crosspatch.tokens.reduce import check_options
 from crosspatch.training.machine import Machine
+from crosspatch.training.objective import AUTO, SUPERVISED, resolve_objective
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
 from crosspatch.training.weights import NONE, Found
 
 TYPED = (
     "model", "size", "fit", "batch", "epochs", "time", "lr", "seed", "precision", "compile",
-    "workers", "flip", "recipe", "linear", "weights", "balance", "devices",
+    "workers", "flip", "recipe", "linear", "weights", "balance", "devices", "reduce", "objective",
 )  # fmt: skip
 SPARE = 0.05  # of a time budget is left unused
 EVAL_SHARE = 0.08  # of a run may go into validation, before it is done less often
@@ -62,6 +66,12 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             "both --time and --epochs", "one of them", "leave one away: either sets the length"
         )
+    if "reduce" in given:
+        method, options = spec.parse(given["reduce"])
+        check_options(method, options)
+        given["reduce"] = spec.spell(method, options)
+    if "objective" in given:
+        resolve_objective(given["objective"], given.get("reduce", given["objective"]))
     return given
 
 
@@ -87,7 +97,7 @@ def plan(
     augment = {"flip": given.get("flip", True), **source.AUGMENT}
     recipe = Recipe(
         name=given.get("recipe", "small"),
-        **{"mean": source.MEAN, "std": source.STD, **shape},
+        **{"mean": source.MEAN, "std": source.STD, "reduce": given.get("reduce", ""), **shape},
         **work,
         weights=found.record if found else {},
         layer_decay=source.LAYER_DECAY if found else 1.0,
@@ -107,8 +117,15 @@ def plan(
         time_budget=given.get("time"),
     )
     reasons.extend(source.REASONS)
+    recipe = replace(recipe, objective=_objective(recipe, given))
     recipe = with_steps(recipe, recipe.steps, given)
     return recipe, reasons
+
+
+def _objective(recipe: Recipe, given: Mapping[str, Any]) -> str:
+    """What is learnt; a linear probe learns labels, whatever the reduction would."""
+    asked = given.get("objective", AUTO)
+    return resolve_objective(SUPERVISED if recipe.penalties else asked, recipe.reduce)
 
 
 def _constants(source: Any) -> dict[str, Any]:

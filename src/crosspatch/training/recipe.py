@@ -12,6 +12,7 @@ from crosspatch.data.preprocess import FITS, Preprocess
 from crosspatch.errors import UsageError, near
 from crosspatch.layers.linear import MODES
 from crosspatch.tasks import TASKS
+from crosspatch.tokens.spec import parse
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 MIXERS = ("mixup", "cutmix", "mixup-batch", "cutmix-batch")
@@ -35,7 +36,9 @@ class Recipe:
     where, path, sha256; empty: nothing), and head_rows: for each class the row of a run's head, -1
     for none (empty: none at all); freeze: steps at the start in which only the head learns;
     layer_decay: what the rate is multiplied with from a layer to the one below it; penalties: those
-    that a linear probe tries, empty where the whole network is trained; mix: names out of `MIXERS`;
+    that a linear probe tries, empty where the whole network is trained; reduce: the token reduction
+    that is put on the model, as `tokens.spec.spell` writes it ("" = none); objective: what is
+    learnt, "supervised" or the reduction's own (`training.objective`); mix: names out of `MIXERS`;
     mix_prob: chance of each per batch; mix_alpha: of each Beta distribution; eval_every: epochs
     between validations; time_budget: seconds asked for, or None; threads: CPU threads (numbers
     differ between thread counts); devices: processes that train together, each with so many threads
@@ -75,6 +78,8 @@ class Recipe:
     freeze: int = 0
     layer_decay: float = 1.0
     penalties: tuple[float, ...] = ()
+    reduce: str = ""
+    objective: str = "supervised"
     mix: tuple[str, ...] = ()
     mix_prob: tuple[float, ...] = ()
     mix_alpha: tuple[float, ...] = ()
@@ -122,6 +127,8 @@ class Recipe:
         _check(not halved, "precision", "fp16 on a CPU", "fp32 or bf16 there")
         unknown = sorted(set(self.mix) - set(MIXERS))
         _check(not unknown, "mix", unknown, f"out of {', '.join(MIXERS)}")
+        if self.reduce:
+            parse(self.reduce)
 
     @property
     def epochs(self) -> int:

@@ -48,9 +48,9 @@ def train_run(
     that is continued knows it). A run in `out` that has not ended is continued with `resume`, or
     when all is as it was begun; `force`: also with other settings and pictures, where that can be
     (`training.resuming`). Validation chooses the weights; test is touched once, at the
-    end. Summary: run, out, data, model, parameters, size, classes, images, skipped, split, epochs,
-    steps, best (row of metrics.csv), val and test (figures of the task, None without pictures),
-    calibration (temperature, images it was fitted on), seconds, files.
+    end. Summary: run, out, data, model, reduce, objective, parameters, size, classes, images,
+    skipped, split, epochs, steps, best (row of metrics.csv), val and test (figures of the task,
+    None without pictures), calibration (temperature, images it was fitted on), seconds, files.
     Where several processes were launched, each calls this; the first one writes, the others work.
     Raises UsageError, DataError, Interrupted (exit codes 2, 3, 4).
     """
@@ -181,6 +181,8 @@ def _announce(
             "smallest": {"class": source.classes[rarest], "images": int(counts[rarest])},
             "cache": pictures.prepared.message,
             "model": recipe.model,
+            "reduce": recipe.reduce,
+            "objective": recipe.objective,
             "size": list(recipe.size),
             "fit": recipe.fit,
             **weight(objective.exported, recipe),

@@ -65,7 +65,8 @@ def make_fabric(recipe: Recipe) -> Any:
         accelerator=accelerator,
         devices=launch.local_world(),
         num_nodes=launch.machines(),
-        strategy=DDPStrategy(**_own_buffers()),
+        # a reduction may hold weights that an objective does not use
+        strategy=DDPStrategy(**_own_buffers(), find_unused_parameters=bool(recipe.reduce)),
         precision=precision,
     )
     fabric.launch()

@@ -9,6 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from crosspatch.metrics.macs import count_macs
+from crosspatch.tokens import spec
+from crosspatch.tokens.host import branch_names, reducers_of
+from crosspatch.tokens.reduce import put
 from crosspatch.training import plan as plans
 from crosspatch.training import team
 from crosspatch.training.package import build_model, take_weights
@@ -50,7 +54,8 @@ def plan_with_weights(
     """(the first plan, what the next one is made with).
 
     Where a recipe that wants weights finds none, `small` is what is trained from scratch. Weights
-    that do not fit are refused here, before a picture is read; raises as `weights.find` does.
+    that do not fit, and reductions that the model cannot have, are refused here, before a picture
+    is read; raises as `weights.find` does.
     """
     recipe, _ = plans.plan(*shape, given)
     source, remarks = load_recipe(recipe.name), list[str]()
@@ -59,9 +64,30 @@ def plan_with_weights(
     if found is None and source.FREEZE:
         given = {**given, "recipe": "small"}
     recipe, _ = plans.plan(*shape, given, found)
+    if recipe.reduce:
+        remarks.append(_what_is_saved(recipe, shape[2]))
     if found is not None:
         build_model(recipe, shape[2])
     return recipe, Beginning(given, found, remarks)
+
+
+def _what_is_saved(recipe: Recipe, classes: int) -> str:
+    """A sentence about the recipe's reduction. Raises UsageError for one that its model cannot
+    have."""
+    model = build_model(replace(recipe, weights={}, reduce=""), classes, training=False)
+    base = count_macs(model, (3, *recipe.size))
+    put(model, *spec.parse(recipe.reduce))
+    macs = count_macs(model, (3, *recipe.size))
+    names = branch_names(model) or ("",)
+    tokens = ", ".join(
+        f"{f'{name} ' if name else ''}from {reducer.counts[0]:,} to {reducer.counts[-1]:,}"
+        for name, reducer in zip(names, reducers_of(model), strict=True)
+        if reducer is not None
+    )
+    return (
+        f"Tokens are reduced by {recipe.reduce}: {tokens}, and in evaluation {macs / 1e6:,.1f} "
+        f"instead of {base / 1e6:,.1f} million multiply-adds ({100 * (macs / base - 1):+.0f} %)."
+    )
 
 
 def _with_head(
@@ -73,7 +99,8 @@ def _with_head(
     if found.kind == "run":
         rows, said = match_heads(found.classes, classes)
         return replace(recipe, head_rows=rows), [said]
-    there = take_weights(build_model(replace(recipe, weights={}), len(classes)), recipe)
+    bare = build_model(replace(recipe, weights={}, reduce=""), len(classes))
+    there = take_weights(bare, recipe)
     if there is None:
         return recipe, ["They have no head: it is fresh."]
     kept = "taken as it is: it names none" if there == len(classes) else "left away: it is fresh"

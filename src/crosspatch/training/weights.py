@@ -18,8 +18,10 @@ import numpy as np
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.split import read_split
 from crosspatch.errors import DataError, UsageError, near, option
+from crosspatch.tokens import spec
+from crosspatch.tokens.reduce import options_of
+from crosspatch.training.package import CONFIG, file_hash, model_folder, read_config
 from crosspatch.training.package import WEIGHTS as TENSORS
-from crosspatch.training.package import file_hash, model_folder, read_config
 from crosspatch.training.pictures import Pictures
 from crosspatch.training.released import PATIENT, QUICK, Release, names, release_of
 from crosspatch.training.run import RunFolder
@@ -35,7 +37,8 @@ class Found:
 
     kind: "run", "file" or "released"; where: as they were asked for; path: the run's `model/` or
     the file; sha256: of the file of tensors; shape: settings of the recipe that follow from them
-    (model, model_args, size, store, fit, mean, std; of a file few); classes: those of a run.
+    (model, model_args, size, store, fit, mean, std, and reduce of a reduced run; of a file few);
+    classes: those of a run.
     """
 
     kind: str
@@ -80,7 +83,21 @@ def find(
             "weights of the model that is trained",
             "leave --model away, or name other weights",
         )
+    _refuse_further(found, typed)
     return found
+
+
+def _refuse_further(found: Found, typed: Mapping[str, Any]) -> None:
+    """Raises UsageError where the run is of a reduced model and another reduction is asked for."""
+    its, asked = found.shape.get("reduce"), typed.get("reduce")
+    if not its or not asked:
+        return
+    if not spec.same(its, asked, options_of(spec.parse(its)[0])):
+        raise UsageError(
+            f"--reduce {asked}, and {found.where} is reduced by {its} already",
+            "one reduction of tokens in a model",
+            "leave --reduce away: that of the run is kept; or begin with an unreduced run",
+        )
 
 
 def _auto(model: str, reasons: list[str], tell: Callable[[str], None]) -> Found | None:
@@ -158,9 +175,27 @@ def _of_run(asked: str, path: Path) -> Found:
     preprocess = Preprocess.from_dict(config["preprocessing"])
     shape = {one.name: getattr(preprocess, one.name) for one in fields(preprocess)}
     shape |= {"model": config["architecture"], "model_args": arguments}
-    said = f"{config['architecture']} with the weights of {asked}, as asked."
+    reduced = _reduction_of(config["transforms"], folder)
+    shape |= {"reduce": reduced} if reduced else {}
+    by = f" reduced by {reduced}," if reduced else ""
+    said = f"{config['architecture']}{by} with the weights of {asked}, as asked."
     names = tuple(config["class_names"])
     return Found("run", asked, folder, file_hash(tensors), shape, names, (said,))
+
+
+def _reduction_of(transforms: Any, folder: Path) -> str:
+    """The reduction of a run as a recipe holds it. Raises DataError for what no recipe can hold."""
+    try:
+        text = spec.spelt(transforms)
+        if not text or spec.parse(text) == (transforms[0]["method"], transforms[0]["options"]):
+            return text
+    except (UsageError, AttributeError, KeyError, TypeError, RecursionError):
+        text = "nonsense"
+    raise DataError(
+        f"{folder / CONFIG} lists transforms that cannot be repeated in another run ({text[:100]})",
+        "one reduction of tokens by a method of this version",
+        "name another run, or use a newer version",
+    )
 
 
 def _of_file(asked: str, path: Path) -> Found:
