@@ -82,6 +82,8 @@ class PSViT(VisionTransformer):
     ) -> None:
         if form not in POOLINGS:
             raise ValueError(f"form {form!r}; expected '2d' or '1d'")
+        if "num_heads" in trunk:
+            raise ValueError("num_heads is not free; every stage has width / head_dim of them")
         check_pattern(pool, share, depth)
         widths = _widths(embed_dim, head_dim, width_factor, len(pool) + 1)
         class_token = form == "1d" if class_token is None else class_token
