@@ -142,6 +142,7 @@ def test_a_sharing_block_given_its_own_attention_is_the_ordinary_block() -> None
         ({"share": (6,)}, "share names block 6; there are blocks 0 to 5"),
         ({"form": "3d"}, "form '3d'; expected '2d' or '1d'"),
         ({"embed_dim": 40}, "width 40 and width_factor 1.5; expected a multiple of the head's 32"),
+        ({"num_heads": 3}, "num_heads is not free"),
         ({"width_factor": 0.5}, "a factor of at least 1"),
     ],
 )

@@ -27,6 +27,7 @@ small 104.25, 3.99 (112.56, 4.30). At a width factor of 1.5 tiny 14.87, 0.81; sm
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -81,6 +82,8 @@ class PSViT(VisionTransformer):
     ) -> None:
         if form not in POOLINGS:
             raise ValueError(f"form {form!r}; expected '2d' or '1d'")
+        if "num_heads" in trunk:
+            raise ValueError("num_heads is not free; every stage has width / head_dim of them")
         check_pattern(pool, share, depth)
         widths = _widths(embed_dim, head_dim, width_factor, len(pool) + 1)
         class_token = form == "1d" if class_token is None else class_token
@@ -101,7 +104,7 @@ class PSViT(VisionTransformer):
         )
 
 
-class Pooling(nn.Module):
+class Pooling(nn.Module, ABC):
     """Between stages, of widths dim_in and dim_out: a convolution widens the patches, max pooling
     takes every second; prefix tokens pass a Linear. Needs the full grid, else raises ValueError."""
 
@@ -129,9 +132,9 @@ class Pooling(nn.Module):
             patches = torch.cat([prefix, patches], dim=1)
         return state._replace(tokens=patches, grid=grid)
 
+    @abstractmethod
     def pooled(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Patches (B, dim_in, N) to (B, dim_out, N') and their grid."""
-        raise NotImplementedError
 
 
 class Pooling2d(Pooling):
