@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from crosspatch.layers.stage import StageSpec
 from crosspatch.metrics.macs import count_macs
 from crosspatch.models.vit import VisionTransformer
 from crosspatch.tokens.evovit import VARIANTS, EvoDeiT, EvoViT
-from crosspatch.tokens.host import attach, hosts_of, reducers_of
+from crosspatch.tokens.host import attach, hosts_of
 from support import goldens
 from support.reductions import pictures, tiny_crossvit, tiny_host
 
@@ -284,13 +285,11 @@ def test_a_network_cut_in_the_middle_of_a_stage_is_whole_at_its_end():
 
 
 def test_stages_end_with_the_encoders_of_a_crossvit():
-    model, _ = xp.reduce(tiny_crossvit(), "evovit")
-    fine, coarse = reducers_of(model)
+    fine, coarse = (EvoViT(host) for host in hosts_of(tiny_crossvit()))
     assert (fine.stages.begins, fine.stages.ends) == ({1: 0.5}, {1})
     assert (coarse.stages.begins, coarse.stages.ends) == ({2: 0.5}, {3})
-    early, _ = xp.reduce(tiny_crossvit(), "evovit", coarse={"starts": 1})
-    assert reducers_of(early)[1].stages.begins == {1: 0.5, 2: 0.5}
-    assert reducers_of(early)[1].stages.ends == {1, 3}
+    early = EvoViT(hosts_of(tiny_crossvit())[1], starts=1)
+    assert (early.stages.begins, early.stages.ends) == ({1: 0.5, 2: 0.5}, {1, 3})
     with torch.device("meta"):
         small = xp.create_model("crossvit_small_224")
     coarse = EvoViT(hosts_of(small)[1])
@@ -298,7 +297,8 @@ def test_stages_end_with_the_encoders_of_a_crossvit():
 
 
 def test_no_patch_is_missing_where_branches_meet():
-    model, _ = xp.reduce(tiny_crossvit(), "evovit")
+    model = tiny_crossvit()
+    attach(model, [EvoViT(host) for host in hosts_of(model)])
     encoders, seen = model.blocks, []
     for encoder in encoders:
         encoder.fuse = lambda states, f=encoder.fuse: (seen.append(states), f(states))[1]
@@ -316,6 +316,17 @@ def test_stages_of_several_widths():
         assert model(pictures()).shape == (3, 5)
 
 
+def test_shared_attention_stands_before_the_first_stage():
+    one = tiny_host().stages[0].blocks[0]
+    blocks = (one, replace(one, shares=0), *[one] * 4)
+    early = reduced({"stages": (StageSpec(24, blocks),)}, starts=4)
+    with torch.no_grad():
+        assert early(pictures()).shape == (3, 5)
+    late = tiny_host(stages=(StageSpec(24, (*[one] * 4, replace(one, shares=3), one)),))
+    with pytest.raises(ValueError, match="block 4 shares the attention of block 3"):
+        EvoViT(hosts_of(late)[0])
+
+
 def test_the_default_starts_follow_the_depth():
     found = {}
     for depth in (1, 2, 3, 4, 8, 12, 24):
@@ -325,7 +336,7 @@ def test_the_default_starts_follow_the_depth():
 
 
 def test_what_cannot_be_is_refused():
-    model = tiny_host()
+    (host,) = hosts_of(tiny_host())
     for options, told in (
         ({"keep": 0}, "keep = 0 at block"),
         ({"keep": 1.5}, "keep = 1.5"),
@@ -340,13 +351,15 @@ def test_what_cannot_be_is_refused():
         ({"fast": "slow"}, "copy, representative"),
         ({"tradeoff": -0.5}, "tradeoff = -0.5"),
         ({"tradeoff": [0.5]}, "1 entries"),
-        ({"keep": "half"}, "keep"),
     ):
-        with pytest.raises(ValueError, match=told) as caught:
-            xp.reduce(model, "evovit", **options)
-        assert caught.value.exit_code == 2
+        with pytest.raises(ValueError, match=told):
+            EvoViT(host, **options)
     with pytest.raises(ValueError, match="class token"):
-        xp.reduce(tiny_host(class_token=False, global_pool="avg"), "evovit")
+        EvoViT(hosts_of(tiny_host(class_token=False, global_pool="avg"))[0])
+    for options in ({"keep": 1.5}, {"keep": "half"}, {"starts": "four"}, {"kep": 0.5}):
+        with pytest.raises(ValueError, match=r"ke?ep|starts") as caught:
+            xp.reduce(tiny_host(), "evovit", **options)
+        assert caught.value.exit_code == 2
 
 
 # ------------------------------------------------------------------ the authors' models

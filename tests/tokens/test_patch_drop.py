@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import crosspatch as xp
+from crosspatch.layers.stage import StageSpec
 from crosspatch.tokens.host import attach, hosts_of, reducers_of
 from crosspatch.tokens.patch_drop import PatchDrop
 from support.reductions import pictures, tiny_crossvit, tiny_host
@@ -86,13 +89,13 @@ def test_shuffled_patches_with_their_draws_change_nothing(monkeypatch):
 
 
 def test_each_branch_of_a_crossvit_draws_for_itself():
-    model = xp.reduce(tiny_crossvit(), "patch-drop", rate=0.5, coarse={"rate": 0.75})[0].train()
+    model = tiny_crossvit().train()
+    fine, coarse = hosts_of(model)
+    attach(model, [PatchDrop(fine, rate=0.5), PatchDrop(coarse, rate=0.75)])
     assert [r.counts[-1] for r in reducers_of(model)] == [33, 5]
     with torch.no_grad():
         states, _ = model.run(model.embed(pictures()))
     assert [s.tokens.shape[1] for s in states] == [33, 5]
-    one = xp.reduce(tiny_crossvit(), "patch-drop", fine=None)[0].train()
-    assert reducers_of(one)[0] is None
 
 
 def test_what_cannot_be_is_refused():
@@ -101,7 +104,21 @@ def test_what_cannot_be_is_refused():
         ({"rate": -0.1}, "rate = -0.1"),
         ({"block": 6}, "block 6"),
         ({"block": -1}, "block -1"),
-        ({"rate": "half"}, "rate"),
     ):
         with pytest.raises(ValueError, match=told):
-            xp.reduce(tiny_host(), "patch-drop", **options)
+            PatchDrop(hosts_of(tiny_host())[0], **options)
+    with pytest.raises(ValueError, match="cannot be put on the model") as caught:
+        xp.reduce(tiny_host(), "patch-drop", rate="half")
+    assert caught.value.exit_code == 2
+
+
+def test_a_shared_map_is_for_the_same_patches():
+    one = tiny_host().stages[0].blocks[0]
+    blocks = (one, one, one, replace(one, shares=1), one, one)
+    (host,) = hosts_of(tiny_host(stages=(StageSpec(24, blocks),)))
+    for block in (1, 2):
+        with pytest.raises(ValueError, match=f"block = {block} stands between block 1 and block 3"):
+            PatchDrop(host, block=block)
+    for block in (0, 4):
+        model = dropping({"stages": (StageSpec(24, blocks),)}, block=block)
+        assert model(pictures()).shape == (3, 5)

@@ -114,6 +114,7 @@ class EvoViT(Reducer):
         self.layer_wise = _stages(ratios, weights, host, range(host.depth))
         self.stage_wise = _stages(ratios, weights, host, (*begins, *_encoders(host, begins)))
         self.stages = self.stage_wise if stagewise else self.layer_wise
+        _check_sharing(self.stages, host)
         self.counts = _counts(self.stages, host, extra=int(fast == "representative"))
         self.norm_cls = self.head_cls = None
         if second_head:
@@ -298,6 +299,16 @@ def _scored(begins: Mapping[int, float], weights: Sequence[float], host: Host) -
     since = max((b for b in before if weights[b] == 1), default=before[0])
     blocks = [b for b in range(since, max(begins)) if host.attends(b)]
     return frozenset(b for b in blocks if weights[b] > 0 or b == before[0])
+
+
+def _check_sharing(stages: Stages, host: Host) -> None:
+    first = min((*stages.begins, *stages.scored), default=host.depth)
+    for block, spec in enumerate(host.specs):
+        if spec is not None and spec.shares is not None and block > first:
+            raise ValueError(
+                f"block {block} shares the attention of block {spec.shares}; expected none that do "
+                f"after block {first}, from which on patches are scored and left out"
+            )
 
 
 def _counts(stages: Stages, host: Host, extra: int) -> tuple[int, ...]:

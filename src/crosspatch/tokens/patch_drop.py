@@ -37,6 +37,13 @@ class PatchDrop(Reducer):
             raise ValueError(f"rate = {rate}; expected from 0 to below 1")
         self.rate = rate
         (self.block,) = check_blocks([block], host, "block")
+        for number, spec in enumerate(host.specs):
+            shares = spec.shares if spec is not None else None
+            if shares is not None and shares <= block <= number:
+                raise ValueError(
+                    f"block = {block} stands between block {shares} and block {number}, which "
+                    "shares its attention; expected one before or after both"
+                )
         left = host.n_prefix + kept(host.patches, rate)
         self.counts = tuple(host.tokens if b <= block else left for b in range(host.depth + 1))
 
