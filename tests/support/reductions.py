@@ -38,6 +38,7 @@ class Case(NamedTuple):
 
 
 CASES: dict[str, Case] = {
+    "mctf": Case({"r": 2}, {"r": 0}, merges=True),
     "tome": Case({"r": 2}, {"r": 0}, merges=True),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 from crosspatch.errors import UsageError, near
 
 METHODS = {
+    "mctf": "mctf:MCTF",
     "tome": "tome:ToMe",
 }
 """slug -> module of `crosspatch.tokens` and the class of its `Reducer`."""
