@@ -5,7 +5,7 @@
 Choi, Kim, arXiv 2403.10030, CVPR 2024. In a block that fuses r of its T tokens x of sizes s:
 
     A = softmax(q k^T / sqrt d + log s),   m_j = mean over heads and queries of A_ij
-    W_ij = ((cos x_i, x_j + 1) / 2)^(1/tau_sim) (1 / m_i m_j)^(1/tau_info) (1 / s_i s_j)^(1/tau_size)
+    W_ij = ((cos_ij + 1) / 2)^(1/tau_sim) (1 / m_i m_j)^(1/tau_info) (1 / s_i s_j)^(1/tau_size)
     a, b = even, odd positions; the r // 2 strongest a join their best b, and of W without these
     the r - r // 2 strongest b join their best a, with what has joined them
     x' = sum g x / sum g,  s' = sum s,  g = m s;   A' = A with columns summed and rows averaged by g
@@ -134,6 +134,21 @@ class MCTF(Reducer):
         else:
             y = _ahead(attn, attention, attn.values(normed), groups)
         return state._replace(tokens=module.add_mlp(module.add_attention(state.tokens, y)))
+
+    def with_r(self, r: float, host: Host) -> MCTF:
+        """The same with another `r`, one number, at this one's blocks (of a list, those above
+        0)."""
+        listed = isinstance(self.r, Sequence)
+        return MCTF(
+            host,
+            r=r,
+            blocks=[block for block in self.blocks if self.schedule[block] or not listed],
+            **self.criteria._asdict(),
+            bidirectional=self.bidirectional,
+            pooling=self.pooling,
+            ahead=self.ahead,
+            proportional=self.proportional,
+        )
 
     def _fused(self, state: TokenState, attention: Tensor, r: int) -> tuple[TokenState, Groups]:
         return fuse(state, informativeness(attention), r, self.criteria,
