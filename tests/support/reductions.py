@@ -38,6 +38,7 @@ class Case(NamedTuple):
 
 
 CASES: dict[str, Case] = {
+    "mctf": Case({"r": 2}, {"r": 0}, merges=True),
     "tome": Case({"r": 2}, {"r": 0}, merges=True),
     "evovit": Case({}, {"keep": 1}, permutes=True),
     "patch-drop": Case({}, {"rate": 0}, permutes=True, restores=False, trains_only=True),

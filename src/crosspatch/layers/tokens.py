@@ -98,33 +98,63 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return (index + first[:, None]).flatten()
 
 
-def apply_merge(state: TokenState, merge: Merge) -> TokenState:
-    """The state with `merge` applied: kept tokens become size-weighted means of what joins them."""
-    tokens, keep = state.tokens, merge.keep
+def apply_merge(state: TokenState, merge: Merge, weights: Tensor | None = None) -> TokenState:
+    """The state with `merge` applied: kept tokens become means of what joins them, each token
+    weighed by its size, or by `weights` (B, N)."""
+    sizes, keep = state.sizes, merge.keep
     if merge.src.shape[1] == 0:
-        sizes = state.sizes.gather(1, keep) if state.sizes is not None else None
-        return state._replace(
-            tokens=take(tokens, keep), sizes=sizes, source=_renumber(state, merge)
-        )
-    weights = state.full_sizes.to(tokens.dtype)
-    slots = torch.arange(keep.shape[1], device=keep.device)
-    joins = (merge.dst[:, None, :] == slots[None, :, None]).to(tokens.dtype)  # (B, T', r)
-    weighted = tokens * weights[..., None]
-    total = take(weighted, keep) + joins @ take(weighted, merge.src)
-    mass = weights.gather(1, keep)[..., None] + joins @ weights.gather(1, merge.src)[..., None]
-    return state._replace(
-        tokens=total / mass, sizes=mass[..., 0].float(), source=_renumber(state, merge)
-    )
+        tokens = take(state.tokens, keep)
+        sizes = sizes.gather(1, keep) if sizes is not None else None
+    else:
+        weights = state.full_sizes if weights is None else weights
+        tokens = mean_rows(state.tokens, merge, weights)
+        sizes = _total(state.full_sizes, merge, joins(merge))[0]
+    return state._replace(tokens=tokens, sizes=sizes, source=_renumber(state, merge))
+
+
+def mean_rows(x: Tensor, merge: Merge, weights: Tensor) -> Tensor:
+    """x (B, N, D) to (B, T', D): the mean of each kept row and of those that join it, by weights
+    (B, N)."""
+    mass, moved = _total(weights, merge, joins(merge))
+    kept, others = split_rows(x, merge)
+    own = weights.gather(1, merge.keep) / mass
+    return kept * own[..., None].to(x.dtype) + (moved / mass[..., None]).to(x.dtype) @ others
+
+
+def _total(weights: Tensor, merge: Merge, member: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (B, N) of the groups (B, T'), and of what joins each of them (B, T', r)."""
+    moved = member * weights.gather(1, merge.src)[:, None]
+    return weights.gather(1, merge.keep) + moved.sum(dim=2), moved
+
+
+def split_rows(x: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
+    """Rows of x (B, N, D) that are kept, (B, T', D), and that join one of these, (B, r, D)."""
+    rows, count = take(x, torch.cat([merge.keep, merge.src], dim=1)), merge.keep.shape[1]
+    return rows[:, :count], rows[:, count:]
+
+
+def joins(merge: Merge) -> Tensor:
+    """(B, T', r) float32, 1 where a token joins a kept one."""
+    b, r = merge.dst.shape
+    none = torch.zeros(b, r, merge.keep.shape[1], device=merge.dst.device)
+    return none.scatter(2, merge.dst[..., None], 1.0).transpose(1, 2)
+
+
+def places(merge: Merge, count: int) -> Tensor:
+    """(B, N) int64: for each of N = `count` tokens the kept one that stands for it, -1 where it was
+    dropped."""
+    b, kept = merge.keep.shape
+    slots = torch.arange(kept, device=merge.keep.device).expand(b, -1)
+    table = torch.full((b, count), -1, dtype=torch.long, device=merge.keep.device)
+    return table.scatter(1, merge.keep, slots).scatter(1, merge.src, merge.dst)
 
 
 def _renumber(state: TokenState, merge: Merge) -> Tensor:
-    """`source` after a merge: what a patch's token has become, -1 where it was dropped."""
-    b, n = state.tokens.shape[:2]
-    slots = torch.arange(merge.keep.shape[1], device=merge.keep.device)
-    table = torch.full((b, n), -1, dtype=torch.long, device=state.tokens.device)
-    table = table.scatter(1, merge.keep, slots.expand(b, -1)).scatter(1, merge.src, merge.dst)
-    source = state.full_source
-    return torch.where(source < 0, source, table.gather(1, source.clamp(min=0)))
+    """`source` after a merge."""
+    table = places(merge, state.tokens.shape[1])
+    if state.source is None:
+        return table[:, state.n_prefix :]
+    return torch.where(state.source < 0, state.source, table.gather(1, state.source.clamp(min=0)))
 
 
 def recover(state: TokenState) -> Tensor:

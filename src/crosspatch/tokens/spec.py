@@ -13,6 +13,7 @@ from typing import Any
 from crosspatch.errors import UsageError, near
 
 METHODS = {
+    "mctf": "mctf:MCTF",
     "tome": "tome:ToMe",
     "evovit": "evovit:EvoViT",
     "patch-drop": "patch_drop:PatchDrop",
