@@ -115,6 +115,7 @@ def apply_merge(state: TokenState, merge: Merge, weights: Tensor | None = None) 
 def mean_rows(x: Tensor, merge: Merge, weights: Tensor) -> Tensor:
     """x (B, N, D) to (B, T', D): the mean of each kept row and of those that join it, by weights
     (B, N)."""
+    weights = weights.to(torch.promote_types(weights.dtype, x.dtype))
     mass, moved = _total(weights, merge, joins(merge))
     kept, others = split_rows(x, merge)
     own = weights.gather(1, merge.keep) / mass
