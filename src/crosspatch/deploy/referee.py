@@ -62,15 +62,18 @@ class Judge:
         return torch.cat(found).cpu().numpy()
 
 
-def make_judge(run: Path | None, trained: Trained | None, data: Any) -> Judge:
+def make_judge(
+    run: Path | None, trained: Trained | None, data: Any, limit: int | None = MOST
+) -> Judge:
     """The judge out of `data`: of a run what `crosspatch eval` takes, of a network a pair of
-    normalised pictures and class numbers. Raises DataError and UsageError for what cannot judge."""
+    normalised pictures and class numbers. limit: pictures of a run's data at most, None for all.
+    Raises DataError and UsageError for what cannot judge."""
     if run is None or trained is None:
         return _of_tensors(data)
     several = trained.task == "multilabel"
     source = open_source(data, least_classes=1, group="none", multi_label=several)
     labels = match_classes(source, trained.classes)
-    chosen, pictures = _read(source, trained.preprocess, _validation(run, source))
+    chosen, pictures = _read(source, trained.preprocess, _validation(run, source, limit))
     task = make_task(trained.task, trained.classes, trained.thresholds)
     shown = replace(trained.preprocess, store=trained.preprocess.size)
     return Judge(pictures, labels[chosen], task, shown)
@@ -93,14 +96,14 @@ def _of_tensors(data: Any) -> Judge:
     return Judge(pictures, labels, make_task("classify", classes))
 
 
-def _validation(run: Path, source: Source) -> np.ndarray:
-    """Items that judge: the run's validation pictures, or all of other data; at most MOST."""
+def _validation(run: Path, source: Source, limit: int | None) -> np.ndarray:
+    """Items that judge: the run's validation pictures, or all of other data; at most `limit`."""
     chosen = np.arange(len(source))
     if (run / "split.csv").is_file():
         with contextlib.suppress(DataError):  # other pictures than those of the run
             chosen = read_split(run / "split.csv", source).val
-    if len(chosen) > MOST:
-        chosen = np.sort(np.random.default_rng(0).choice(chosen, MOST, replace=False))
+    if limit is not None and len(chosen) > limit:
+        chosen = np.sort(np.random.default_rng(0).choice(chosen, limit, replace=False))
     return chosen
 
 
