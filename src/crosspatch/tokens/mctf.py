@@ -15,12 +15,14 @@ so that attention is computed once, on the tokens before they are fused. What st
 the authors order it, as the order makes the next block's a and b: a by position, b by strength.
 
 Fast mode, the default here: 0.35 of the patches at three blocks (3, 6, 9 of 12); the others keep
-the fused kernel. Expected at 224, counted without the matching: r = 16 in blocks 1 to 11, DeiT-T
-0.705 G multiply-adds of 1.25 (-43.7 %), DeiT-S 2.59 of 4.60; tokens 197, 197, 181, ..., 37, 21.
+the fused kernel. Expected at 224, with the similarity of a and b and without the pooling: r = 16 in
+blocks 1 to 11, DeiT-T 0.705 G multiply-adds of 1.25 (-43.7 %), DeiT-S 2.59 of 4.60; tokens 197,
+197, 181, ..., 37, 21.
 
 Departures: prefix tokens never take part (the authors protect the class token alone); where nothing
 is left to fuse, a block that the authors would run by its full map takes the fused kernel;
-attention's dropout falls on tokens, not on groups. No parameters are added.
+attention's dropout falls on tokens, not on groups; a list may leave fewer than ten tokens. No
+parameters are added.
 """
 
 from __future__ import annotations

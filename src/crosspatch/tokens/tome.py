@@ -67,16 +67,15 @@ class ToMe(Reducer):
 def matched(metric: Tensor, r: int, n_prefix: int) -> Merge:
     """Bipartite soft matching of tokens with features metric (B, N, d): r of the odd patches join
     the even patch that is most like them."""
-    metric = F.normalize(metric.float(), dim=-1)
-    index = torch.arange(n_prefix, metric.shape[1], device=metric.device)
-    b, a = index[0::2], index[1::2]
-    best, partner = (metric[:, a] @ metric[:, b].transpose(1, 2)).max(dim=-1)
+    patches = F.normalize(metric[:, n_prefix:].float(), dim=-1)
+    b, a = patches[:, 0::2], patches[:, 1::2]
+    best, partner = (a @ b.transpose(1, 2)).max(dim=-1)
     rank = order(best)
-    moved, stays = rank[:, :r], rank[:, r:].sort(dim=-1).values
-    prefix = torch.arange(n_prefix, device=metric.device).expand(metric.shape[0], -1)
-    keep = torch.cat([prefix, a[stays], b.expand(metric.shape[0], -1)], dim=1)
-    dst = partner.gather(1, moved) + n_prefix + stays.shape[1]
-    return Merge(keep, a[moved], dst)
+    at = n_prefix + 1 + 2 * rank
+    moved, stays = at[:, :r], at[:, r:].sort(dim=-1).values
+    slots = torch.arange(metric.shape[1] - r, device=metric.device).expand(metric.shape[0], -1)
+    keep = torch.cat([slots[:, :n_prefix], stays, n_prefix + 2 * slots[:, : b.shape[1]]], dim=1)
+    return Merge(keep, moved, partner.gather(1, rank[:, :r]) + n_prefix + stays.shape[1])
 
 
 def _resolved(asked: tuple[float, ...], host: Host, *, exact: bool) -> tuple[int, ...]:
