@@ -87,8 +87,7 @@ def _pairs(host: Host, share: float) -> Options:
 
 
 def _keep(host: Host, share: float) -> Options:
-    del host
-    return {"keep": round(1 - 0.95 * share, 4)}
+    return {"keep": round(max(1 - 0.95 * share, 1.01 / host.patches), 4)}
 
 
 def _sharing(host: Host, share: float) -> Options:
