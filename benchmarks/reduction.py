@@ -5,8 +5,8 @@
     python benchmarks/reduction.py --figure docs/figures/reduction.png
 
 RUN: a trained plain ViT; DATA: folders train, val and test, no test picture of which RUN was
-trained on. Every method is put on RUN at three budgets (a quarter, two fifths and 55 % of the
-multiply-adds gone, as near as its ladder comes), tested as it is, then trained on for `--epochs`
+trained on. Every method is put on RUN at three budgets (15, 25 and 40 % of the multiply-adds gone,
+as near as its ladder comes; the stem alone has a fifth of a small network), tested as it is, then trained on for `--epochs`
 with its own objective and tested again; `none` is RUN itself, trained on alike. --share a/b does
 every b-th of them, so that several processes can work side by side. A row per budget goes into
 results/reduction.csv; --speeds adds how many times as fast the network became, in turns with RUN's,
@@ -37,10 +37,10 @@ from crosspatch.training.package import load_model
 from crosspatch.training.session import train_run
 from hardware import RESULTS, append, facts
 
-BUDGETS = (0.25, 0.40, 0.55)
+BUDGETS = {"mild": 0.15, "middle": 0.25, "strong": 0.40}
 TABLE, SPEEDS = RESULTS / "reduction.csv", RESULTS / "reduction_speed.csv"
 LADDERS = {  # name in the table: method, shape of its schedule
-    "tome": ("tome", "even"),
+    "tome": ("tome", "geometric"),
     "mctf, every block": ("mctf", "every block"),
     "mctf, three blocks": ("mctf", "three blocks"),
     "evovit": ("evovit", "stages"),
@@ -54,18 +54,18 @@ FIXED: dict[str, tuple[str, list[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def candidates(model: torch.nn.Module, wanted: list[str]) -> list[tuple[str, float, str, dict]]:
+def candidates(model: torch.nn.Module, wanted: list[str]) -> list[tuple[str, str, str, dict]]:
     """(name, budget, method, options) of everything that is tried."""
-    found: list[tuple[str, float, str, dict]] = []
+    found: list[tuple[str, str, str, dict]] = []
     for name, (method, shape) in LADDERS.items():
         rungs = ladders(model, method)[shape]
         saved = [xp.reduce(model, method, **options)[1].saved for options in rungs]
-        for budget in BUDGETS:
-            at = min(range(len(rungs)), key=lambda i: abs(saved[i] - budget))
+        for budget, share in BUDGETS.items():
+            at = min(range(len(rungs)), key=lambda i: abs(saved[i] - share))
             found.append((name, budget, method, rungs[at]))
     for name, (method, options) in FIXED.items():
         found += [(name, b, method, o) for b, o in zip(BUDGETS, options, strict=True)]
-    found.append(("none", 0.0, "none", {}))
+    found.append(("none", "none", "none", {}))
     return [one for one in found if not wanted or one[0] in wanted]
 
 

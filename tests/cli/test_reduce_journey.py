@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from crosspatch.deploy import export
 
@@ -84,3 +85,38 @@ def test_what_no_model_can_have_is_wrong_usage(crosspatch, spec: str, tmp_path: 
     assert error.startswith("error")
     assert expected.strip()
     assert do.startswith("try")
+
+
+def test_what_happens_to_the_patches_is_drawn(
+    crosspatch, reduced: Path, pictures: Path, tmp_path: Path
+) -> None:
+    picture, drawing = next((pictures / "3").iterdir()), tmp_path / "tokens.png"
+    answer = crosspatch("predict", reduced, picture, "--show-tokens", drawing)
+    assert answer.code == 0
+    assert "tokens.png: 17 to 9 tokens in 2 blocks" in answer.out.replace("\n", "")
+    with Image.open(drawing) as sheet:
+        assert sheet.format == "PNG"
+        assert sheet.width > 3 * 224  # the picture and two panels
+    told = crosspatch("predict", reduced, picture, "--show-tokens", drawing, "--json").json
+    assert [(one["block"], one["leaving"]) for one in told["tokens"]] == [(0, 11), (3, 9)]
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        (("run", "a", "b", "t.png"), 2, "one picture"),
+        (("run", "a", "t.tiff"), 2, "a file that ends in .png"),
+        (("run", "a", "missing/t.png"), 2, "no such folder"),
+        (("base", "a", "t.png"), 2, "without a reduction"),
+    ],
+)
+def test_drawings_that_cannot_be_made(
+    crosspatch, reduced: Path, pictures: Path, tmp_path: Path, what, code: int, said: str
+) -> None:
+    run, *named, target = what
+    several = [path for path, _ in zip(sorted((pictures / "3").iterdir()), named, strict=False)]
+    words = ("predict", reduced.parent / run, *several, "--show-tokens", tmp_path / target)
+    answer = crosspatch(*words)
+    assert answer.code == code
+    assert said in " ".join(answer.err.split())
+    assert not (tmp_path / target).exists()

@@ -67,7 +67,7 @@ def test_the_weakest_schedule_that_is_fast_enough(method):
 def test_validation_picks_among_the_shapes():
     _, tuned = xp.tune(tiny_host(), "tome", target=1.1, data=judged(40), seconds=1)
     accuracies = [one.accuracy for one in tuned.tried if one.accuracy is not None]
-    assert len(accuracies) == 3
+    assert len(accuracies) == 4
     assert tuned.after.right.mean() == max(accuracies)
 
 
@@ -84,7 +84,7 @@ def test_what_was_not_measured_is_not_claimed():
 
 def test_a_speed_that_nothing_reaches_is_refused_with_the_fastest():
     with pytest.raises(
-        UsageError, match=r"no schedule of tome was 50 times as fast.*at most 1\.\d"
+        UsageError, match=r"no schedule of tome was 50 times as fast.*at most \d\.\d"
     ):
         xp.tune(tiny_host(), "tome", target=50, seconds=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_autocast_checkpointing_and_gradients(method):
 
 @METHOD
 def test_one_graph_and_a_dynamic_batch(method):
-    model = reduced(method)
+    model = reduced(method, depth=3)
     with torch.no_grad():
         expected = model(pictures())
         compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
@@ -184,3 +185,15 @@ def test_both_branches_of_a_crossvit(method):
         assert reducers_of(one)[0] is None
         assert reducers_of(one)[1] is not None
     both.train()(pictures()).square().mean().backward()
+
+
+def test_the_table_in_the_docs_says_which_laws_hold():
+    """docs/tokens.md, row by row."""
+    docs = Path(__file__).parents[2] / "docs" / "tokens.md"
+    lines = docs.read_text(encoding="utf-8").splitlines()
+    mark = {True: "yes", False: "no"}
+    for method, case in CASES.items():
+        holds = (case.nothing is not None, case.merges, case.prefix, case.restores, case.permutes,
+                 case.parameters, case.trains_only)  # fmt: skip
+        row = f"| `{method}` | " + " | ".join(mark[one] for one in holds) + " |"
+        assert row in lines, row

@@ -178,15 +178,17 @@ def run_blocks(
     checkpointing: bool = False,
     maps: dict[int, Tensor] | None = None,
     last_rows: int | None = None,
+    shared: Collection[int | None] | None = None,
 ) -> tuple[TokenState, dict[int, TokenState]]:
     """Run the blocks numbered `first`, `first + 1`, … over the state.
 
     collect: block numbers whose output state is returned too, by number. maps: attention maps of
     earlier blocks that later ones share; filled on the way. last_rows: the last block may compute
-    so many tokens only, where nothing else looks at it.
+    so many tokens only, where nothing else looks at it. shared: the blocks whose map others read,
+    where these are not all among `blocks` (`lenders`).
     """
     maps = {} if maps is None else maps
-    shared = {b.spec.shares for b in blocks if isinstance(b, Block)} - {None}
+    shared = lenders(blocks) if shared is None else shared
     collected: dict[int, TokenState] = {}
     for number, block in enumerate(blocks, first):
         if isinstance(block, Block):
@@ -199,6 +201,11 @@ def run_blocks(
         if number in collect:
             collected[number] = state
     return state, collected
+
+
+def lenders(blocks: Sequence[nn.Module]) -> set[int | None]:
+    """Numbers of the blocks whose attention map one of `blocks` reads."""
+    return {block.spec.shares for block in blocks if isinstance(block, Block)} - {None}
 
 
 def _alone(block: nn.Module) -> bool:
@@ -228,7 +235,7 @@ def _run_block(
     state: TokenState,
     number: int,
     reducer: Reducer | None,
-    shared: set,
+    shared: Collection[int | None],
     maps: dict[int, Tensor],
     checkpointing: bool,
 ) -> TokenState:

@@ -73,6 +73,15 @@ def _falling(host: Host, share: float) -> Options:
     return {"r": _merges(host, share, weights)}
 
 
+def _geometric(host: Host, share: float) -> Options:
+    """The same share of what is left in every block, up to a half of it: the strongest."""
+    left, found = host.patches, []
+    for block in range(host.depth):
+        found.append(int(0.5 * share * left) if host.attends(block) else 0)
+        left -= found[-1]
+    return {"r": found}
+
+
 def _thirds(host: Host, share: float) -> Options:
     """MCTF-Fast: a fraction of the patches at three blocks, one, two and three quarters deep (in a
     short branch at as many as there are)."""
@@ -82,8 +91,9 @@ def _thirds(host: Host, share: float) -> Options:
 
 
 def _pairs(host: Host, share: float) -> Options:
-    """MCTF in every block from the second on; a list, so that each is resolved exactly."""
-    return {"r": _merges(host, share, [float(b > 0) for b in range(host.depth)] or [1.0])}
+    """MCTF in every block but the first, by the same share of what is left."""
+    found = _geometric(host, share)["r"]
+    return {"r": [0, *found[:-1]] if host.depth > 1 else found}
 
 
 def _keep(host: Host, share: float) -> Options:
@@ -98,7 +108,7 @@ def _sharing(host: Host, share: float) -> Options:
 
 
 _SHAPES = {
-    "tome": {"even": _even, "late": _late, "falling": _falling},
+    "tome": {"even": _even, "late": _late, "falling": _falling, "geometric": _geometric},
     "mctf": {"three blocks": _thirds, "every block": _pairs},
     "evovit": {"stages": _keep},
     "psvit": {"sharing": _sharing},

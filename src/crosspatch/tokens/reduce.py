@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from crosspatch.errors import CrosspatchError, DataError, UsageError, near
-from crosspatch.layers.block import run_blocks
+from crosspatch.layers.block import lenders, run_blocks
 from crosspatch.layers.reducer import Reducer
 from crosspatch.layers.tokens import TokenState
 from crosspatch.metrics.macs import count_macs, counted
@@ -232,14 +232,12 @@ def _costs(model: Any) -> tuple[int, tuple[BlockCost, ...]]:
 def _cost(
     costs: list[BlockCost], branch: str, blocks: Any, state: TokenState, first: int, reducer: Any
 ) -> TokenState:
-    """The state after `blocks`; what each of them costs is added to `costs`, with every token
-    computed. (A block may share what an earlier one has computed, so ever longer runs are
-    counted.)"""
-    before, after = 0, state
-    for n in range(1, len(blocks) + 1):
-        entering = after.tokens.shape[1]
-        macs, (after, _) = counted(run_blocks, blocks[:n], state, first=first, reducer=reducer)
-        leaving = after.tokens.shape[1]
-        costs.append(BlockCost(branch, first + n - 1, entering, leaving, macs - before))
-        before = macs
-    return after
+    """The state after `blocks`; what each of them costs, with every token computed, is added to
+    `costs`."""
+    maps, shared = {}, lenders(blocks)
+    for number, block in enumerate(blocks, first):
+        entering = state.tokens.shape[1]
+        where = {"first": number, "maps": maps, "shared": shared}
+        macs, (state, _) = counted(run_blocks, [block], state, reducer=reducer, **where)
+        costs.append(BlockCost(branch, number, entering, state.tokens.shape[1], macs))
+    return state
