@@ -6,11 +6,11 @@
 
 RUN: a trained plain ViT; DATA: folders train, val and test, no test picture of which RUN was
 trained on. Every method is put on RUN at three budgets (15, 25 and 40 % of the multiply-adds gone,
-as near as its ladder comes; the stem alone has a fifth of a small network), tested as it is, then trained on for `--epochs`
-with its own objective and tested again; `none` is RUN itself, trained on alike. --share a/b does
-every b-th of them, so that several processes can work side by side. A row per budget goes into
-results/reduction.csv; --speeds adds how many times as fast the network became, in turns with RUN's,
-to results/reduction_speed.csv, and --figure draws both.
+as near as its ladder comes; of a small network the stem alone has a fifth), tested as it is, then
+trained on for `--epochs` with its own objective and tested again; `none` is RUN itself, trained on
+alike. --share a/b does every b-th of them, so that several processes can work side by side. A row
+per budget goes into results/reduction.csv; --speeds adds how many times as fast the network became,
+in turns with RUN's, to results/reduction_speed.csv, and --figure draws both.
 """
 
 from __future__ import annotations
