@@ -150,3 +150,13 @@ def test_what_cannot_be_is_refused():
     for wrong in ({"weight": -1}, {"confidence": 2}, {"teacher_r": -1}, {"teacher_r": 1.5}):
         with pytest.raises(ValueError, match="expected"):
             Consistency(reduced(), TASK, **wrong)
+
+
+def test_an_lvvit_is_compared_in_its_class_token():
+    """Its patches, fewer in the student than in the teacher, are pooled for the logits alone."""
+    torch.manual_seed(0)
+    model = reduced(xp.create_model("lvvit_micro_32", num_classes=5, depth=3), r=8)
+    found = Consistency(model, TASK, teacher_r=1, confidence=0.0)(inputs(1), 0)
+    found["loss"].backward()
+    assert found["loss"].isfinite()
+    assert model.aux_head.weight.grad.abs().sum() > 0

@@ -137,7 +137,8 @@ def classified(model: Any, start: Any, reducers: list[Any]) -> tuple[list[Tensor
     state, _ = model.run(start, pooled=True, reducer=reducers[0])
     pooled = model.pool(state)
     logits = reducers[0].decide(state, model.classify(pooled))
-    return list(pooled) if isinstance(pooled, tuple) else [pooled], logits
+    tokens = pooled if isinstance(pooled, tuple) else (pooled,)
+    return [one for one in tokens if one.ndim == 2], logits  # LV-ViT pools its patches as well
 
 
 def consistency(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
