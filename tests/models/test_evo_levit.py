@@ -497,6 +497,7 @@ def test_norms_stay_when_the_classes_change() -> None:
         model.reset_classifier(9, "token")
 
 
+@pytest.mark.long
 def test_compiles_into_one_graph_layer_by_layer() -> None:
     model = tiny(stagewise=False, img_size=27, depth=(2, 2), keep_ratio=(1, 0.5, 1, 0.5))
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -397,6 +397,7 @@ def micro() -> LVViT:
     return model
 
 
+@pytest.mark.long
 def test_compiles_into_one_graph_dense_logits_too(micro: LVViT) -> None:
     with torch.no_grad():
         for forward, inputs in ((micro, (IMAGES,)), (micro.forward_dense, (IMAGES, BOX))):
@@ -405,6 +406,7 @@ def test_compiles_into_one_graph_dense_logits_too(micro: LVViT) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.long
 def test_onnx_runtime_computes_what_torch_does_at_any_batch(micro: LVViT) -> None:
     import onnxruntime
 

@@ -433,6 +433,7 @@ def test_weights_of_another_size_and_of_a_detector() -> None:
 # ---------------------------------------------------------------------- graphs
 
 
+@pytest.mark.long
 def test_compiles_into_one_graph() -> None:
     model = tiny(img_size=(36, 28), detection=True, **ALL_ON)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -456,8 +457,9 @@ class Short(torch.nn.Module):
         return self.recover(x, self.generate(x))
 
 
+@pytest.mark.long
 def test_onnx_runtime_gives_torchs_numbers_for_any_batch() -> None:
-    """Whole networks are among the families of `tests/deploy/test_export.py`; these take long."""
+    """Whole networks are among the families of `tests/deploy/test_export.py`."""
     model = Short(tiny(neighbourhoods=(6, None, 6), shortcut=True)).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     example = torch.randn(3, 17, 14, 8)

@@ -178,6 +178,7 @@ def test_a_branch_hands_its_semantic_tokens_to_the_fusion() -> None:
     assert model(pictures()).isfinite().all()
 
 
+@pytest.mark.long
 def test_windows_that_do_not_divide_run_in_onnx_runtime() -> None:
     ort = pytest.importorskip("onnxruntime")
     from crosspatch.deploy.graph import to_onnx
