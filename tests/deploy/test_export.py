@@ -91,6 +91,11 @@ FAMILIES = {
         "deit_tiny_distilled_patch16_224",
         {"img_size": 32, "depth": 1, "embed_dim": 24},
     ),
+    "psvit": ("psvit_micro_32", {}),
+    "evo deit": (
+        "evo_deit_tiny_patch16_224",
+        {"img_size": 64, "depth": 3, "embed_dim": 24, "num_heads": 3},
+    ),
     "lvvit": ("lvvit_micro_32", {"depth": 2}),
     "lvvit, merging": ("lvvit_micro_32", {"depth": 2}),
     "evo, stage-wise": ("evo_levit_micro_32", SMALL_EVO),

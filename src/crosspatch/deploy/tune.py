@@ -9,6 +9,7 @@ validation pictures like best. What was not measured is not claimed.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -27,7 +28,7 @@ from crosspatch.errors import UsageError
 from crosspatch.metrics.interval import paired, wilson
 from crosspatch.metrics.latency import Timing, alternate, ratio
 from crosspatch.tokens.ladder import Options, ladders
-from crosspatch.tokens.reduce import Reduction, reduce
+from crosspatch.tokens.reduce import Reduction, put, reduce
 from crosspatch.training.package import load_model, model_folder, read_config, save_model
 
 BATCHES = (1, 8)
@@ -242,7 +243,8 @@ class _Search:
         return best
 
     def _timed(self, shape: str, options: Options) -> Tried:
-        module, _ = reduce(self.base, self.method, **options)
+        module = copy.deepcopy(self.base)
+        put(module, self.method, options)
         times = self._alternate(module, self.batch, self.each)
         speed = ratio(times["before"], times["after"]).median
         self.tried.append(Tried(shape, options, speed, None))

@@ -73,10 +73,10 @@ def hosts_of(model: nn.Module) -> tuple[Host, ...]:
         widths = tuple(stage.width for stage in model.stages for _ in stage.blocks)
         lengths = [len(stage.blocks) for stage in model.stages]
         starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
-        if len(model.reductions):
+        if any(stage.stride > 1 for stage in model.stages):
             raise UsageError(
-                "a network whose stages have widths or grids of their own",
-                "one width and one grid of patches through all blocks",
+                "a network whose stages have grids of their own",
+                "one grid of patches through all blocks",
                 "reduce a plain ViT, or train the network as it is",
             )
         blocks = tuple(model.blocks)

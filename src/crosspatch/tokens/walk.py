@@ -33,7 +33,13 @@ def walk(model: Any, pictures: Tensor, visit: Visit) -> None:
     """Run `pictures` (B, C, H, W) through a ViT or a CrossViT, every list of blocks by `visit`."""
     state = model.embed(pictures)
     if not isinstance(model, CrossViT):
-        visit("", model.blocks, state, 0, model.reducer)
+        first = 0
+        for number, stage in enumerate(model.stages):
+            if str(number) in model.reductions:
+                state = model.reductions[str(number)](state)
+            last = first + len(stage.blocks)
+            state = visit("", model.blocks[first:last], state, first, model.reducer)
+            first = last
         return
     states, first, names = state, [0] * len(state), branch_names(model)
     encoders: Any = model.blocks
