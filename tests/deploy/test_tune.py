@@ -165,3 +165,14 @@ def test_the_figures_are_of_this_machine(monkeypatch):
     for batch, took in tuned.before.latency.items():
         assert took.count >= 5
         assert tuned.speed[batch] > 0
+
+
+def test_a_speed_that_does_not_hold_is_not_returned(monkeypatch):
+    """The clock of the search flatters every schedule; the last measurement does not."""
+    search = room._Search._timed
+    flattered = lambda self, *asked: search(self, *asked)._replace(speed=9.0)
+    monkeypatch.setattr(room._Search, "_timed", flattered)
+    with pytest.raises(UsageError, match=r"stayed 5 times as fast at batch 1.*at most [12]\.\d"):
+        xp.tune(tiny_host(), "tome", target=5, seconds=1)
+    _, tuned = xp.tune(tiny_host(), "tome", target=1.3, batch=4, data=judged(), seconds=1)
+    assert tuned.speed[4] >= 1.3  # a stronger one than the search would have taken
