@@ -110,7 +110,7 @@ FAMILIES = {
         {"img_size": (36, 44), "depths": (2, 6), "num_heads": (1, 2), "detection": True},
     ),
 }
-QUICK = ("crossvit, cross", "vit, merging", "vit, registers and scales", "evo, stage-wise")
+QUICK = ("crossvit, cross", "vit, merging", "vit, registers and scales")
 
 
 def network(family: str) -> nn.Module:

@@ -151,6 +151,7 @@ def test_a_bundle_says_its_reduction(tied: Tied) -> None:
             BundleInfo.from_json(json.dumps(given | change))
 
 
+@pytest.mark.long
 def test_an_export_with_another_schedule_fails(
     tied: Tied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

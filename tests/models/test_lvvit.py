@@ -423,6 +423,7 @@ def test_onnx_runtime_computes_what_torch_does_at_any_batch(micro: LVViT) -> Non
         assert np.ptp(expected, axis=1).min() > 0.02
 
 
+@pytest.mark.long
 def test_the_dense_logits_are_exported_too(micro: LVViT) -> None:
     class Dense(nn.Module):
         def __init__(self, model: LVViT) -> None:
