@@ -126,7 +126,7 @@ def test_the_counts_decide_and_the_reason_is_said(asked, numbers, mode, word):
 
 def test_an_unknown_balance_is_refused(make_recipe):
     with pytest.raises(UsageError, match="balance"):
-        make_recipe(balance="drw")
+        make_recipe(balance="melt")
     with pytest.raises(UsageError, match="class_weights"):
         make_recipe(class_weights=(1.0, 0.0))
     kept = make_recipe(balance="weights", class_weights=(0.5, 1.25, 3.0))

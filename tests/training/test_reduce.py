@@ -179,7 +179,7 @@ def test_hostile_transforms_end_in_one_error_that_names_the_file(
         ({"reduce": "tome:coarse.r=2"}, "no option 'coarse'"),
         ({"reduce": "tome", "model": "resnet18"}, "ResNet"),
         ({"reduce": "tome", "objective": "mctf"}, "--objective mctf with --reduce tome"),
-        ({"objective": "melt"}, "--objective melt"),
+        ({"objective": "melt"}, "no objective .melt."),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_picture_is_read(
@@ -225,9 +225,10 @@ def test_weights_of_a_method_are_its_own_until_a_run_has_learnt_them(opened, gro
 
 
 def test_what_is_learnt_is_resolved_once(opened, grown, make_recipe):
-    assert resolve_objective("auto", "grown:start=0.1") == "grown"
-    assert resolve_objective("supervised", "grown") == "supervised"
-    assert resolve_objective("auto", "tome:r=2") == resolve_objective("auto", "") == "supervised"
+    learnt = lambda **given: resolve_objective(given)[0]
+    assert learnt(reduce="grown:start=0.1") == "grown"
+    assert learnt(reduce="grown", objective="supervised") == "supervised"
+    assert learnt(reduce="tome:r=2") == learnt() == "supervised"
     recipe = make_recipe(model="vit_micro_32", size=(16, 16), reduce="grown", objective="grown")
     assert type(make_objective(recipe, opened.classes)) is Halved
     assert type(make_objective(replace(recipe, objective="supervised"), opened.classes)) is (

@@ -35,6 +35,7 @@ _ENDINGS = r"\.(zip|tar|tgz|txz|tbz2?|tar\.\w+|csv|tsv|jsonl?|parquet)$"
 _FOLDER = Group("The run folder", sort_key=10)
 _BUDGET = Group("How long", sort_key=20)
 _CHOICES = Group("Choices it makes for you", sort_key=30)
+_LEARNT = Group("What is learnt", sort_key=35)
 
 
 @Parameter(name="*", group=_FOLDER)
@@ -101,11 +102,6 @@ class Choices:
     reduce: Annotated[str | None, Parameter(metavar="METHOD:OPTION=VALUE,…")] = None
     """Fewer tokens from block to block, in training and ever after, such as tome:r=8."""
 
-    objective: Annotated[Literal["auto", "supervised"] | None, Parameter(show_default="auto")] = (
-        None
-    )
-    """What is learnt (auto: what the paper of --reduce trains with, else the labels alone)."""
-
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of the computation."""
 
@@ -116,7 +112,8 @@ class Choices:
     """Matrix products through oneDNN (auto: where that is faster here; noted in the run)."""
 
     balance: Annotated[
-        Literal["none", "weights", "sampler", "auto"] | None, Parameter(show_default="auto")
+        Literal["none", "weights", "effective", "drw", "sampler", "auto"] | None,
+        Parameter(show_default="auto"),
     ] = None
     """What is done about uneven classes (auto: nothing until one has 10 times another's)."""
 
@@ -135,6 +132,38 @@ class Choices:
     """Number that every random choice follows from."""
 
 
+@Parameter(name="*", group=_LEARNT)
+@dataclass(frozen=True, kw_only=True)
+class Learnt:
+    """What is learnt from the pictures."""
+
+    objective: Annotated[
+        str | None, Parameter(metavar="NAME:OPTION=VALUE,…", show_default="auto")
+    ] = None
+    """ldam, logit-adjust, deit-lt … (auto: what --reduce, --teacher, --labels or --sizes asks for,
+    else the labels alone: supervised)."""
+
+    mix: Annotated[str | None, Parameter(metavar="NAME,NAME,…|none")] = None
+    """How pictures are mixed, one of these for each batch: mixup, cutmix …"""
+
+    teacher: Annotated[str | None, Parameter(metavar="RUN|NAME")] = None
+    """A trained network to learn from: a run, or a checkpoint by timm's name."""
+
+    distill: Annotated[
+        Literal["soft", "hard", "scalekd"] | None, Parameter(show_default="soft")
+    ] = None
+    """What is taken from the teacher: probabilities, answers, or features."""
+
+    labels: Annotated[Path | None, Parameter(metavar="FILE")] = None
+    """A teacher's labels of every patch, which crosspatch label wrote."""
+
+    sizes: Annotated[str | None, Parameter(metavar="N,N,…")] = None
+    """Further sizes to train at, in pixels, so that the model can be used at any of them."""
+
+    sam: Annotated[float | None, Parameter(converter=positive, metavar="RADIUS")] = None
+    """Look for flat minima, such as 0.05 (each step takes twice as long)."""
+
+
 def train(
     data: Annotated[str, Parameter(help=DATA)],
     /,
@@ -142,6 +171,7 @@ def train(
     folder: Folder | None = None,
     budget: Budget | None = None,
     choices: Choices | None = None,
+    learnt: Learnt | None = None,
     columns: Columns | None = None,
     group: Annotated[str | None, Parameter(group=_CHOICES, metavar="folder|PATTERN|COLUMN")] = None,
     multi_label: Annotated[bool, Parameter(group=_CHOICES, help=MULTI)] = False,
@@ -162,7 +192,7 @@ def train(
             "leave one of them out",
         )
     out = folder.out or default_out(data, folder.resume)
-    overrides = typed(budget or Budget()) | typed(choices or Choices())
+    overrides = typed(budget or Budget()) | typed(choices or Choices()) | typed(learnt or Learnt())
     count = overrides.get("devices") or _begun_with(out, folder.resume)
     if count > 1 and launch.world() == 1:
         return launch.launch([*TOKENS.get(), *([] if folder.out else ["--out", str(out)])], count)

@@ -50,17 +50,17 @@ class DualCross(Supervised):
         smoothing: float = 0.0,
         mixer: OneOf | None = None,
         weights: Sequence[float] = (),
+        deferred: float = 0.0,
     ) -> None:
         _check(model, task, mixer)
-        super().__init__(model, task, smoothing=smoothing, weights=weights)
+        super().__init__(model, task, smoothing=smoothing, weights=weights, deferred=deferred)
         self.loss_weights = nn.Parameter(torch.zeros(len(NAMES)))
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The loss of one batch; parts: the three branches' own, means over the global batch."""
-        del progress
         count = inputs.images.shape[0]
         partner = pair(count, draws(*inputs.draw), inputs.images.device)
-        targets = self.task.targets(inputs.labels, None, self.smoothing, self.weights)
+        targets = self.task.targets(inputs.labels, None, self.smoothing, self.weights_at(progress))
         losses = torch.stack(
             [
                 self.task.loss(logits, targets).sum() * inputs.scale

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from crosspatch.mixing import OneOf, draws
+from crosspatch.mixing import OneOf
 from crosspatch.models.crossvit import CrossViT
 from crosspatch.objectives import Inputs
 from crosspatch.objectives.supervised import Supervised
@@ -44,17 +44,17 @@ class TwoHeads(Supervised):
         smoothing: float = 0.0,
         mixer: OneOf | None = None,
         weights: Sequence[float] = (),
+        deferred: float = 0.0,
     ) -> None:
-        super().__init__(model, task, smoothing=smoothing, mixer=mixer, weights=weights)
+        super().__init__(
+            model, task, smoothing=smoothing, mixer=mixer, weights=weights, deferred=deferred
+        )
         if not any(isinstance(one, EvoViT) for one in reducers_of(model)):
             raise ValueError(f"a {type(model).__name__} without evovit; reduce it with that first")
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The loss of one batch: the mean over the global batch, in nats; its halves as parts."""
-        images, mixing = inputs.images, None
-        if self.mixer is not None:
-            images, mixing = self.mixer(images, draws(*inputs.draw))
-        targets = self.task.targets(inputs.labels, mixing, self.smoothing, self.weights)
+        images, targets, _ = self.mixed(inputs, progress)
         logits, second = both_heads(self.model, images, layerwise=progress < SWITCH)
         loss = self.task.loss(logits, targets).sum() * inputs.scale
         if second is None:

@@ -56,11 +56,14 @@ class Consistency(Supervised):
         smoothing: float = 0.0,
         mixer: OneOf | None = None,
         weights: Sequence[float] = (),
+        deferred: float = 0.0,
         weight: float = 3.0,
         confidence: float = 0.4,
         teacher_r: float | None = None,
     ) -> None:
-        super().__init__(model, task, smoothing=smoothing, mixer=mixer, weights=weights)
+        super().__init__(
+            model, task, smoothing=smoothing, mixer=mixer, weights=weights, deferred=deferred
+        )
         if not isinstance(task, Classify):
             raise UsageError(
                 "token-reduction consistency with several labels per picture",
@@ -82,12 +85,13 @@ class Consistency(Supervised):
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The loss of one batch, in nats; parts: L_c and the share of pictures that count in it."""
-        del progress
         rng = draws(*inputs.draw)
         images, mixing = inputs.images, None
         if self.mixer is not None:
             images, mixing = self.mixer(images, rng)
-        targets = self.task.targets(inputs.labels, mixing, self.smoothing, self.weights)
+        targets = self.task.targets(
+            inputs.labels, mixing, self.smoothing, self.weights_at(progress)
+        )
         start = self.model.embed(images)  # pyright: ignore[reportCallIssue]
         student, logits = classified(self.model, start, list(reducers_of(self.model)))
         teacher, others = classified(self.model, start, self.teachers(rng))

@@ -43,6 +43,12 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
             f"one of {', '.join(METHODS)}",
             f"--reduce {near(method, METHODS, 1) or 'mctf'}",
         )
+    return method, parse_options(rest, text, FORM, "--reduce mctf:r=16")
+
+
+def parse_options(rest: str, text: str, form: str, do: str) -> dict[str, Any]:
+    """`option=value,…` as a dict; text: the whole word, form: what it should look like, do: an
+    example to type. Raises UsageError for anything else."""
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         name, equals, value = part.partition("=")
@@ -50,10 +56,10 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         place = options.setdefault(branch, {}) if dot else options
         key = inner if dot else branch
         if not equals or not key.isidentifier() or not isinstance(place, dict) or key in place:
-            raise UsageError(f"{part!r} in {text!r}", FORM, "--reduce mctf:r=16")
+            raise UsageError(f"{part!r} in {text!r}", form, do)
         place[key] = _value(value.strip())
     require_plain(options)
-    return method, options
+    return options
 
 
 def require_plain(options: Mapping[str, Any]) -> None:

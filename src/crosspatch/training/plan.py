@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Protocol
 
@@ -22,7 +22,8 @@ from crosspatch.errors import UsageError, near
 from crosspatch.tokens import spec
 from crosspatch.tokens.reduce import check_options
 from crosspatch.training.machine import Machine
-from crosspatch.training.objective import AUTO, SUPERVISED, resolve_objective
+from crosspatch.training.mix import resolve_mix
+from crosspatch.training.objective import SUPERVISED, resolve_objective
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
 from crosspatch.training.weights import NONE, Found
@@ -30,6 +31,7 @@ from crosspatch.training.weights import NONE, Found
 TYPED = (
     "model", "size", "fit", "batch", "epochs", "time", "lr", "seed", "precision", "compile",
     "workers", "flip", "recipe", "linear", "weights", "balance", "devices", "reduce", "objective",
+    "teacher", "distill", "mix", "labels", "sizes", "sam", "split_seed",
 )  # fmt: skip
 SPARE = 0.05  # of a time budget is left unused
 EVAL_SHARE = 0.08  # of a run may go into validation, before it is done less often
@@ -70,9 +72,23 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
         method, options = spec.parse(given["reduce"])
         check_options(method, options)
         given["reduce"] = spec.spell(method, options)
-    if "objective" in given:
-        resolve_objective(given["objective"], given.get("reduce", given["objective"]))
+    if "mix" in given:
+        resolve_mix(given["mix"])
+    if "labels" in given:
+        given["labels"] = str(given["labels"])
+    if "sizes" in given:
+        given["sizes"] = further_sizes(given["sizes"])
+    # the reduction may be that of the weights
+    resolve_objective({"reduce": given.get("objective", ""), **given})
     return given
+
+
+def further_sizes(asked: str | Sequence[Any]) -> tuple[tuple[int, int], ...]:
+    """ "160,128" as ((160, 160), (128, 128)); pairs are left alone. Raises UsageError."""
+    parts = asked.split(",") if isinstance(asked, str) else asked
+    if isinstance(asked, str) and not all(re.fullmatch(r"[1-9]\d{0,3}", p.strip()) for p in parts):
+        raise UsageError(f"--sizes {asked}", "whole numbers of pixels", "--sizes 160,128")
+    return tuple(_pair(int(part) if isinstance(part, str) else part) for part in parts)
 
 
 def plan(
@@ -117,15 +133,26 @@ def plan(
         time_budget=given.get("time"),
     )
     reasons.extend(source.REASONS)
-    recipe = replace(recipe, objective=_objective(recipe, given))
+    recipe = replace(recipe, **_learnt(recipe, given))
     recipe = with_steps(recipe, recipe.steps, given)
     return recipe, reasons
 
 
-def _objective(recipe: Recipe, given: Mapping[str, Any]) -> str:
-    """What is learnt; a linear probe learns labels, whatever the reduction would."""
-    asked = given.get("objective", AUTO)
-    return resolve_objective(SUPERVISED if recipe.penalties else asked, recipe.reduce)
+def _learnt(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is learnt, from what, and how; a linear probe learns labels, whatever the reduction
+    would."""
+    if recipe.penalties:
+        given = {"objective": SUPERVISED}
+    elif recipe.reduce:
+        given = {**given, "reduce": recipe.reduce}
+    name, options = resolve_objective(given)
+    return {
+        "objective": name,
+        "objective_args": options,
+        "sizes": tuple(given.get("sizes", ())),
+        "sam": given.get("sam", 0.0),
+        "split_seed": given.get("split_seed"),
+    }
 
 
 def _constants(source: Any) -> dict[str, Any]:
@@ -219,6 +246,10 @@ def with_steps(recipe: Recipe, steps: int, overrides: Mapping[str, Any] | None =
 def _apply(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     """Fields of `Recipe` that were overridden by name; "augment" is merged."""
     special = {*TYPED, "augment", "name", "head_rows"} - {"lr", "precision", "compile", "seed"}
+    if isinstance(given.get("mix"), str):
+        recipe = replace(recipe, **resolve_mix(given["mix"]))
+    else:  # fields of a recipe, for experiments
+        special -= {"mix"}
     known = {f.name for f in fields(Recipe)} - special
     changed: dict[str, Any] = {key: value for key, value in given.items() if key in known}
     if "augment" in given:

@@ -17,7 +17,7 @@ from crosspatch.tokens.spec import parse
 PRECISIONS = ("fp32", "bf16", "fp16")
 MIXERS = ("mixup", "cutmix", "mixup-batch", "cutmix-batch")
 SCHEDULES = ("cosine", "epochs")
-BALANCES = ("none", "weights", "sampler", "auto")
+BALANCES = ("none", "weights", "effective", "drw", "sampler", "auto")
 Pair = tuple[float, float]
 
 
@@ -38,14 +38,19 @@ class Recipe:
     layer_decay: what the rate is multiplied with from a layer to the one below it; penalties: those
     that a linear probe tries, empty where the whole network is trained; reduce: the token reduction
     that is put on the model, as `tokens.spec.spell` writes it ("" = none); objective: what is
-    learnt, "supervised" or the reduction's own (`training.objective`); mix: names out of `MIXERS`;
+    learnt (`training.objective`), and objective_args: its options; teacher: the network that it
+    learns from (as weights), and labels: the file of token labels (path, sha256), empty without;
+    sizes: further input sizes that it trains at; sam: radius of sharpness-aware minimisation (0 =
+    off); mix: names out of `MIXERS`;
     mix_prob: chance of each per batch; mix_alpha: of each Beta distribution; eval_every: epochs
     between validations; time_budget: seconds asked for, or None; threads: CPU threads (numbers
     differ between thread counts); devices: processes that train together, each with so many threads
     or a GPU; linear: whether large products go through oneDNN (`layers.linear`), "on" or "off" once
     a run has begun; workers: loader processes, used when the pictures do not fit into memory;
     balance: what is done about uneven classes (`training.balance`), not "auto" once a run has
-    begun; class_weights: of the loss, by label (empty: all alike); stages: steps at which the run
+    begun; class_weights: of the loss, by label (empty: all alike), and deferred: from which part of
+    the run on; class_counts: training pictures by label; split_seed: of the split of the pictures,
+    None for `seed`; stages: steps at which the run
     had ended before it was made longer.
     """
 
@@ -80,6 +85,11 @@ class Recipe:
     penalties: tuple[float, ...] = ()
     reduce: str = ""
     objective: str = "supervised"
+    objective_args: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
+    sam: float = 0.0
     mix: tuple[str, ...] = ()
     mix_prob: tuple[float, ...] = ()
     mix_alpha: tuple[float, ...] = ()
@@ -95,6 +105,9 @@ class Recipe:
     linear: str = "off"
     balance: str = "none"
     class_weights: tuple[float, ...] = ()
+    deferred: float = 0.0
+    class_counts: tuple[int, ...] = ()
+    split_seed: int | None = None
     eval_every: int = 1
     eval_batch: int = 256
     time_budget: float | None = None
@@ -114,6 +127,8 @@ class Recipe:
         _check(isinstance(self.weights, dict), "weights", self.weights, "a table: kind, path, …")
         _check(self.freeze >= 0, "freeze", self.freeze, "0 or more")
         _check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")
+        _check(self.sam >= 0, "sam", self.sam, "0 or more")
+        _check(0 <= self.deferred <= 1, "deferred", self.deferred, "in [0, 1]")
         _check(self.workers >= 0, "workers", self.workers, "0 or more")
         _check(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
         _check(self.fit in FITS, "fit", self.fit, f"one of {', '.join(FITS)}")
@@ -179,7 +194,8 @@ class Recipe:
         if isinstance(augment, dict):
             _known(AugmentConfig, augment)
             made["augment"] = AugmentConfig(**{k: _tuples(v) for k, v in augment.items()})
-        made["model_args"] = given.get("model_args", {})
+        for name in ("model_args", "objective_args"):
+            made[name] = given.get(name, {})
         return cls(**made)
 
 

@@ -26,6 +26,7 @@ from crosspatch.training.recipes import load_recipe
 from crosspatch.training.reporter import Reporter
 from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
+from crosspatch.training.teacher import find_teacher, refuse_taught
 from crosspatch.training.warmstart import plan_with_weights
 from crosspatch.versions import installed
 
@@ -81,21 +82,24 @@ def _planned(
 ) -> tuple[Recipe, Pictures, list[str]]:
     """(recipe but for its length, pictures, reasons). What is planned for the pictures that are
     there decides how they are decoded; those that can be read, what is trained."""
-    seed, look = given.get("seed", 0), survey(source)
+    seed, look = given.get("split_seed", given.get("seed", 0)), survey(source)
     guess = make_split(source, seed=seed)
     shape = (look, len(guess.train), len(source.classes), machine)
+    teacher = find_teacher(given["teacher"]) if given.get("teacher") else {}
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
     prepared = read_pictures(source, first, reporter)
     split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
     require_alike(pictures)
+    refuse_taught(teacher, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
     recipe, reasons = beginning.plan(shape, pictures)
     kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     task = "multilabel" if source.multi else "classify"
     recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
+    recipe = replace(recipe, teacher=teacher, class_counts=tuple(pictures.counts().tolist()))
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     if load_recipe(recipe.name).RANGE and "lr" not in given:

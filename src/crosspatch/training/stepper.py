@@ -174,7 +174,7 @@ class Stepper:
         )
         labels = batch.labels.to(self.device, non_blocking=True)
         scale = self.fabric.world_size / batch.n_global
-        inputs = Inputs(images, labels, (r.seed, step, rank), scale)
+        inputs = Inputs(images, labels, (r.seed, step, rank), scale, batch.index)
         self.head_first.before(step)
         loss = self._wrapped(inputs, step / r.steps)["loss"]
         self.watch.note(step, "loss", loss, batch.index)

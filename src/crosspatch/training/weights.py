@@ -256,13 +256,18 @@ def refuse_seen(found: Found, pictures: Pictures) -> None:
         judging = np.concatenate([pictures.split.val, pictures.split.test])
         seen = int(np.isin(judging, theirs.train).sum())
         if seen:
-            how = {"seed": config["recipe"]["seed"], **config.get("reading", {})}
+            how = {"seed": _seed_of_split(config["recipe"]), **config.get("reading", {})}
             flags = " ".join(option(key, value) for key, value in how.items())
             raise UsageError(
                 f"{run.path} was trained on {seen:,} of the pictures that would judge it here",
                 "the split of that run, for the same pictures",
                 f"add {flags}",
             )
+
+
+def _seed_of_split(recipe: Mapping[str, Any]) -> int:
+    divided = recipe.get("split_seed")
+    return recipe["seed"] if divided is None else divided
 
 
 def _lineage(path: Path) -> Iterator[RunFolder]:
