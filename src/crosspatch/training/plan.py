@@ -25,7 +25,8 @@ from crosspatch.training.machine import Machine
 from crosspatch.training.mix import resolve_mix
 from crosspatch.training.objective import SUPERVISED, resolve_objective
 from crosspatch.training.recipe import Recipe
-from crosspatch.training.recipes import load_recipe
+from crosspatch.training.optim import SGD
+from crosspatch.training.recipes import cnn, load_recipe
 from crosspatch.training.weights import NONE, Found
 
 TYPED = (
@@ -160,6 +161,7 @@ def _constants(source: Any) -> dict[str, Any]:
     return {
         "weight_decay": source.WEIGHT_DECAY,
         "betas": source.BETAS,
+        "optimiser": source.OPTIMISER,
         "schedule": source.SCHEDULE,
         "decay": source.DECAY,
         "repeats": source.REPEATS,
@@ -308,7 +310,8 @@ def _work(
         return work
     why = "as asked" if "batch" in given else f"{per_epoch:,} steps an epoch"
     peak = "" if source.RANGE and "lr" not in given else f" with a peak rate of {lr:.2g}"
-    reasons.append(f"Batches of {batch} ({why}), AdamW{peak}.")
+    kind = "SGD" if source.OPTIMISER == SGD else "AdamW"
+    reasons.append(f"Batches of {batch} ({why}), {kind}{peak}.")
     if "time" not in given:
         asked = "as asked" if "epochs" in given else "enough for a set of this size"
         reasons.append(f"{epochs:g} epoch{'' if epochs == 1 else 's'}, {asked}.")
@@ -327,6 +330,8 @@ def describe_augment(recipe: Recipe) -> str:
 
 def _native_size(model: str, fallback: int) -> int:
     """The input size that a model's name ends with (…_224); SIZE_UNKNOWN if it has none."""
+    if model.endswith("_cifar"):
+        return min(fallback, cnn.SMALL_SIDE)
     found = re.search(r"_(\d{2,4})(?:\.|$)", model)
     if not found:
         return SIZE_UNKNOWN
