@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeiT-LT: a distilled transformer for long tails, whose distillation token learns the rare classes.
+"""DeiT-LT: distillation for long tails, in which the second token learns the rare classes.
 
 "DeiT-LT: Distillation Strikes Back for Vision Transformer Training on Long-Tailed Datasets", arXiv
 2404.02900, CVPR 2024, sections 3.1 to 3.3, as the authors' code computes it. z is the class token's

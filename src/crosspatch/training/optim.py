@@ -131,8 +131,8 @@ def make_optimiser(
     kind: str = FUSED,
     scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum, over `module`'s parameters. Each group carries its parameters' names ("names") and,
-    with `scales` by name, what its rate is multiplied with ("scale").
+    """AdamW, or SGD with momentum, over `module`'s parameters. Each group carries its parameters'
+    names ("names") and, with `scales` by name, what its rate is multiplied with ("scale").
 
     kind: `FUSED` is 2 to 3 times faster on a CPU than `FOREACH`; their bits differ, so the choice
     is part of the run. The loss scaling of fp16 needs `FOREACH`. `SGD` has the first of `betas` as

@@ -14,6 +14,7 @@ RECIPES = {
     "probe": "crosspatch.training.recipes.probe",
     "finetune": "crosspatch.training.recipes.finetune",
     "cnn": "crosspatch.training.recipes.cnn",
+    "deit-lt": "crosspatch.training.recipes.deit_lt",
 }
 
 
