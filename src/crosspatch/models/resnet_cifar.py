@@ -240,8 +240,8 @@ class ResNetCifar(nn.Module):
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: ResNetCifar) -> dict[str, Tensor]:
-    """A released teacher under the model's names: unwrapped from {"state_dict": …} and `module.`; of
-    a PaCo wrapper the query encoder and `linear`."""
+    """A released teacher under the model's names: out of {"state_dict": …}, without `module.`; of a
+    PaCo wrapper the query encoder and `linear`."""
     del model
     inner = state_dict.get("state_dict", state_dict.get("model", state_dict))
     state = {name.removeprefix("module."): value for name, value in inner.items()}
