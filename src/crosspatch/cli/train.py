@@ -91,7 +91,8 @@ class Choices:
     """Peak learning rate."""
 
     recipe: Annotated[str | None, Parameter(metavar="NAME", show_default="small")] = None
-    """The set of defaults: small, finetune (with weights), deit (large sets), probe."""
+    """The set of defaults: small, finetune (with weights), deit (large sets), cnn, deit-lt,
+    probe."""
 
     weights: Annotated[
         str | None,
@@ -247,7 +248,7 @@ def _resumable(do: str, out: Path) -> Iterator[None]:
         except Interrupted as stop:
             raise Interrupted(stop.got, stop.expected, do) from stop
         except KeyboardInterrupt as stop:
-            if not (out / "config.toml").is_file():
+            if not any((out / name).is_file() for name in ("config.toml", "waiting.toml")):
                 raise
             raise Interrupted(f"stopped by {name}", f"{out} holds what was done", do) from stop
 

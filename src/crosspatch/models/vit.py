@@ -55,6 +55,7 @@ class VisionTransformer(nn.Module):
     stages: overrides `embed_dim`, `depth`, `num_heads` and `mlp_ratio` with explicit shapes.
     dist_token: DeiT's distillation token with a head of its own. stem: "patch", "conv" (small
     pictures) or a `Stem`. residual_scale: a constant factor of both branches of every block.
+    pos_margin: how positions are resized to another grid (`layers.position.resize_table`).
     img_size: the side or (H, W) that positions are laid out for; other inputs raise ValueError
     unless `dynamic_img_size`, which resizes the positions on the way.
     """
@@ -94,6 +95,7 @@ class VisionTransformer(nn.Module):
         act_layer: str = "gelu",
         stem: str | Stem = "patch",
         residual_scale: float = 1.0,
+        pos_margin: float = 0.0,
         stages: Sequence[StageSpec] | None = None,
     ) -> None:
         super().__init__()
@@ -114,6 +116,7 @@ class VisionTransformer(nn.Module):
         self.num_reg_tokens, self.has_class_token = reg_tokens, class_token
         self.num_prefix_tokens = int(class_token) + int(dist_token) + reg_tokens
         self.no_embed_class, self.dynamic_img_size = no_embed_class, dynamic_img_size
+        self.pos_margin = pos_margin
         self.grad_checkpointing = self.distilled_training = False
         self.reducer: Reducer | None = None
 
@@ -301,7 +304,7 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is None:
             return {}
         n_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        return {"pos_embed": Table(self.grid, n_prefix)}
+        return {"pos_embed": Table(self.grid, n_prefix, self.pos_margin)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
@@ -363,7 +366,7 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is None or grid == self.grid:
             return self.pos_embed
         n_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        return resize_table(self.pos_embed, self.grid, grid, n_prefix)
+        return resize_table(self.pos_embed, self.grid, grid, n_prefix, self.pos_margin)
 
     def _pool(self, x: Tensor, sizes: Tensor | None) -> Any:
         n = self.num_prefix_tokens

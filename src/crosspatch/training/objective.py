@@ -60,6 +60,8 @@ WANTS = {
 GIVES = {"labels": ("token-labeling",), "sizes": ("resformer",),
          "teacher": ("distill", "scalekd", "deit-lt")}  # fmt: skip
 """What only some objectives read."""
+OWN_RECIPES = {"deit-lt": "deit-lt"}
+"""The recipe of an objective that has one of its own."""
 FORM = "NAME or NAME:option=value,…, such as ldam:margin=0.5"
 
 

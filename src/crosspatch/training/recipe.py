@@ -20,6 +20,7 @@ MIXERS = ("mixup", "cutmix", "mixup-batch", "cutmix-batch")
 SCHEDULES = ("cosine", "epochs")
 EFFECTIVES = ("effective", "drw")
 BALANCES = ("none", "weights", *EFFECTIVES, "sampler", "auto")
+OPTIMISERS = ("adamw-fused", "adamw-foreach", "sgd")
 Pair = tuple[float, float]
 
 
@@ -140,6 +141,8 @@ class Recipe:
         _check(self.precision in PRECISIONS, "precision", self.precision, "one of fp32, bf16, fp16")
         schedules = f"one of {', '.join(SCHEDULES)}"
         _check(self.schedule in SCHEDULES, "schedule", self.schedule, schedules)
+        kinds = f"one of {', '.join(OPTIMISERS)}"
+        _check(self.optimiser in OPTIMISERS, "optimiser", self.optimiser, kinds)
         halved = self.precision == "fp16" and self.device == "cpu"
         _check(not halved, "precision", "fp16 on a CPU", "fp32 or bf16 there")
         unknown = sorted(set(self.mix) - set(MIXERS))

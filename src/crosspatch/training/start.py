@@ -26,6 +26,7 @@ from crosspatch.training.recipes import load_recipe
 from crosspatch.training.reporter import Reporter
 from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
+from crosspatch.training.taught import Course, learns_first, require_teachable
 from crosspatch.training.teacher import find_teacher, refuse_taught
 from crosspatch.training.warmstart import plan_with_weights
 from crosspatch.versions import installed
@@ -40,16 +41,18 @@ def start_run(
     reading: dict[str, Any],
     given: dict[str, Any],
     reporter: Reporter,
-    began: float,
+    course: Course,
 ) -> tuple[Recipe, Pictures, dict[str, Any]]:
     """(recipe, pictures, config) of a new run; the folder has what it needs before the first step.
 
     spec, reading: the data as they were named, and how they are read; given: the settings typed;
-    began: when the command did, by `time.perf_counter`. Raises UsageError and DataError.
+    course: when the command began, and the teacher that may have to be trained first. Raises
+    UsageError and DataError.
     """
+    course.asked = {"data": str(spec), "reading": reading, "asked": given}
     given, machine = with_defaults(source, given), machines.look()
-    recipe, pictures, reasons = _planned(source, given, machine, reporter)
-    recipe, estimate = settle_length(recipe, pictures, given, reasons, began)
+    recipe, pictures, reasons = _planned(source, given, machine, reporter, course)
+    recipe, estimate = settle_length(recipe, pictures, given, reasons, course.began)
     recipe = Recipe.from_dict(team.share(recipe.to_dict()))
     if not recipe.penalties:
         reasons.append(plans.describe_augment(recipe))
@@ -74,11 +77,16 @@ def start_run(
         write_split(run.path / "split.csv", source, pictures.split)
         write_skipped(run.path / "skipped.csv", pictures.prepared.skipped)
         run.write_config(config)
+        run.waiting_path.unlink(missing_ok=True)
     return recipe, pictures, config
 
 
 def _planned(
-    source: Source, given: dict[str, Any], machine: machines.Machine, reporter: Reporter
+    source: Source,
+    given: dict[str, Any],
+    machine: machines.Machine,
+    reporter: Reporter,
+    course: Course,
 ) -> tuple[Recipe, Pictures, list[str]]:
     """(recipe but for its length, pictures, reasons). What is planned for the pictures that are
     there decides how they are decoded; those that can be read, what is trained."""
@@ -88,10 +96,13 @@ def _planned(
     teacher = find_teacher(given["teacher"]) if given.get("teacher") else {}
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
+    require_teachable(first, source)
     prepared = read_pictures(source, first, reporter)
-    split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
+    split = course.split or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
     require_alike(pictures)
+    if not teacher and learns_first(first):
+        teacher = course.teach(given, first, look.median_side, pictures)
     refuse_taught(teacher, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
     recipe, reasons = beginning.plan(shape, pictures)

@@ -29,6 +29,7 @@ from crosspatch.training import launch, team
 from crosspatch.training.guard import Cut, NotFinite, Watch, factor, spoilt
 from crosspatch.training.optim import (
     FOREACH,
+    SGD,
     Ema,
     HeadFirst,
     epoch_rate,
@@ -130,7 +131,7 @@ class Stepper:
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             betas=recipe.betas,
-            kind=FOREACH if recipe.precision == "fp16" else recipe.optimiser,
+            kind=FOREACH if _needs_foreach(recipe) else recipe.optimiser,
             scales=_scales(objective, recipe.layer_decay),
         )
         self.head_first = HeadFirst(objective.exported, recipe.freeze)
@@ -297,6 +298,10 @@ class Stepper:
                     key: value.clone() if key in on_cpu else value.to(self.device, copy=True)
                     for key, value in found.get(name, {}).items()
                 }
+
+
+def _needs_foreach(recipe: Recipe) -> bool:
+    return recipe.precision == "fp16" and recipe.optimiser != SGD
 
 
 def _random_states() -> dict[str, Any]:
