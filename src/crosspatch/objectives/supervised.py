@@ -114,6 +114,11 @@ class Supervised(nn.Module):
     def averaged(self) -> nn.Module:
         return self.model
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is said of it beside the plan's reasons, in sentences."""
+        return []
+
     def no_decay(self) -> set[str]:
         """The names that the model's own `no_weight_decay` gives, as this module names them."""
         if not hasattr(self.model, "no_weight_decay"):

@@ -20,6 +20,7 @@ from crosspatch.training import plan as plans
 from crosspatch.training import team
 from crosspatch.training.balance import resolve_balance
 from crosspatch.training.measure import resolve_products, settle_length
+from crosspatch.training.objective import make_objective
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
@@ -97,6 +98,7 @@ def _planned(
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
     require_teachable(first, source)
+    _require_taught(first, teacher, source)
     prepared = read_pictures(source, first, reporter)
     split = course.split or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
@@ -126,6 +128,22 @@ def _require_able(recipe: Recipe) -> None:
             "one process: a linear probe takes seconds",
             "leave --devices away",
         )
+
+
+def _require_taught(recipe: Recipe, teacher: dict[str, str], source: Source) -> None:
+    """Raises what `make_objective` does for a teacher that cannot teach, before a picture is
+    read."""
+    if teacher and recipe.penalties:
+        raise UsageError(
+            f"--teacher with --recipe {recipe.name}",
+            "a recipe that trains a network; a linear probe fits a head to labels",
+            "leave --teacher away, or take --recipe finetune",
+        )
+    if teacher:
+        task = "multilabel" if source.multi else "classify"
+        counts = (1,) * len(source.classes)
+        asked = replace(recipe, teacher=teacher, task=task, class_counts=counts, weights={})
+        make_objective(asked, source.classes)
 
 
 def require_alike(pictures: Pictures) -> None:
