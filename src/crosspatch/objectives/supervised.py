@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning from labels: the task's loss with label smoothing, batch mixing and class weights."""
+"""Learning from labels: the task's loss with label smoothing, batch mixing and class weights.
+
+Where a mixing's label follows the attention (`Mixing.rule`), the pass that gives the logits gives
+the class token's attention too; with several class tokens (CrossViT) the share of attention is the
+mean over them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosspatch.errors import UsageError
-from crosspatch.mixing import Mixing, OneOf, draws
+from crosspatch.mixing import AREA, PROGRESSIVE, Mixing, OneOf, draws
+from crosspatch.mixing.mixpro import attention_share, progressive
+from crosspatch.mixing.transmix import halfway
+from crosspatch.models.class_row import ClassRow, logits_and_class_rows
 from crosspatch.objectives import Given, Inputs
 from crosspatch.tasks.classify import Classify
 from crosspatch.tasks.multilabel import MultiLabel
@@ -47,9 +56,22 @@ class Supervised(nn.Module):
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The loss of one batch: the mean over the global batch, in nats."""
-        images, targets, _ = self.mixed(inputs, progress)
-        loss = self.task.loss(self.model(images), targets).sum() * inputs.scale
+        logits, targets = self.answered(inputs, progress)
+        loss = self.task.loss(logits, targets).sum() * inputs.scale
         return {"loss": loss, "parts": {}}
+
+    def answered(self, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
+        """The model's logits (B, K) and the soft targets (B, K) of a batch after its mixing, by the
+        rule of that mixing."""
+        images, targets, mixing = self.mixed(inputs, progress)
+        if mixing is None or mixing.rule == AREA:
+            return self.model(images), targets
+        logits, rows = logits_and_class_rows(self.model, images)
+        soft = self.task.targets(inputs.labels, mixing, self.smoothing)
+        told = mixing._replace(lam=attended_lam(mixing, rows, soft, logits))
+        smoothing = 0.0 if mixing.rule == PROGRESSIVE else self.smoothing
+        weights = self.weights_at(progress)
+        return logits, self.task.targets(inputs.labels, told, smoothing, weights)
 
     def mixed(self, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor, Mixing | None]:
         """Images and soft targets (B, K) of a batch after its mixing, and what was mixed."""
@@ -92,3 +114,22 @@ class Supervised(nn.Module):
         if not hasattr(self.model, "no_weight_decay"):
             return set()
         return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+
+def attended_lam(mixing: Mixing, rows: Sequence[ClassRow], soft: Tensor, logits: Tensor) -> Tensor:
+    """How often the own label of each mixed image counts, (B,), by a rule that asks the attention.
+
+    rows: of `logits_and_class_rows`; soft: the labels mixed by area (B, K); logits: (B, K).
+    """
+    mask, mode = mixing.mask, "area" if mixing.rule == PROGRESSIVE else "nearest"
+    if mask is None:
+        raise ValueError(f"a mixing without a mask cannot follow the rule {mixing.rule!r}")
+    shares = []
+    for row in rows:
+        seen = mask[:, :, : row.extent[0], : row.extent[1]]
+        kept = F.interpolate(seen, row.grid, mode=mode).flatten(1)
+        shares.append(attention_share(row.attention, kept))
+    share = torch.stack(shares).mean(dim=0)
+    if mixing.rule == PROGRESSIVE:
+        return progressive(mixing.lam, share, soft, logits)
+    return halfway(mixing.lam, share)

@@ -15,7 +15,10 @@ from crosspatch.tasks import TASKS
 from crosspatch.tokens.spec import parse
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-MIXERS = ("mixup", "cutmix", "mixup-batch", "cutmix-batch")
+MIXERS = (
+    "mixup", "cutmix", "mixup-batch", "cutmix-batch", "resizemix", "resizemix-beta", "maskmix",
+    "mixpro", "transmix",
+)  # fmt: skip
 SCHEDULES = ("cosine", "epochs")
 BALANCES = ("none", "weights", "effective", "drw", "sampler", "auto")
 Pair = tuple[float, float]

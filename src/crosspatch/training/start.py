@@ -20,6 +20,7 @@ from crosspatch.training import plan as plans
 from crosspatch.training import team
 from crosspatch.training.balance import resolve_balance
 from crosspatch.training.measure import resolve_products, settle_length
+from crosspatch.training.mix import require_mixable
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
@@ -88,6 +89,8 @@ def _planned(
     teacher = find_teacher(given["teacher"]) if given.get("teacher") else {}
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
+    task = "multilabel" if source.multi else "classify"
+    require_mixable(first, len(source.classes), task)
     prepared = read_pictures(source, first, reporter)
     split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
@@ -97,7 +100,6 @@ def _planned(
     recipe, reasons = beginning.plan(shape, pictures)
     kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
-    task = "multilabel" if source.multi else "classify"
     recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
     recipe = replace(recipe, teacher=teacher, class_counts=tuple(pictures.counts().tolist()))
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
