@@ -145,7 +145,8 @@ class Learnt:
     else the labels alone: supervised)."""
 
     mix: Annotated[str | None, Parameter(metavar="NAME,NAME,…|none")] = None
-    """How pictures are mixed, one of these for each batch: mixup, cutmix …"""
+    """How pictures are mixed, one of these for each batch: mixup, cutmix, resizemix,
+    maskmix, mixpro …"""
 
     teacher: Annotated[str | None, Parameter(metavar="RUN|NAME")] = None
     """A trained network to learn from: a run, or a checkpoint by timm's name."""

@@ -8,30 +8,20 @@ A run has one objective. `--objective NAME:option=value,…` names it; `--reduce
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from crosspatch.errors import UsageError, near
-from crosspatch.mixing import OneOf
-from crosspatch.mixing.cutmix import Cutmix
-from crosspatch.mixing.deit import BatchCutmix, BatchMixup
-from crosspatch.mixing.mixup import Mixup
 from crosspatch.objectives import Given
 from crosspatch.objectives.supervised import Supervised
 from crosspatch.tasks import make_task
 from crosspatch.tokens.spec import METHODS, parse_options
+from crosspatch.training.mix import make_mixer
 from crosspatch.training.package import build_model
 from crosspatch.training.recipe import EFFECTIVES, Recipe
 from crosspatch.training.teacher import load_teacher
-
-MIXER_OF: dict[str, Callable] = {
-    "mixup": Mixup,
-    "cutmix": Cutmix,
-    "mixup-batch": BatchMixup,
-    "cutmix-batch": BatchCutmix,
-}
 
 AUTO, SUPERVISED = "auto", "supervised"
 OBJECTIVES = {
@@ -135,14 +125,6 @@ def _require_whole(name: str, given: Mapping[str, Any]) -> None:
             )
 
 
-def make_mixer(recipe: Recipe) -> OneOf | None:
-    """The batch mixing of a recipe, or None."""
-    if not recipe.mix:
-        return None
-    mixers = [MIXER_OF[n](a) for n, a in zip(recipe.mix, recipe.mix_alpha, strict=True)]
-    return OneOf(mixers, recipe.mix_prob)
-
-
 def make_objective(
     recipe: Recipe, classes: tuple[str, ...], model: nn.Module | None = None
 ) -> Supervised:
@@ -162,7 +144,7 @@ def make_objective(
     module = build_model(recipe, len(classes)) if model is None else model
     rules: dict[str, Any] = {
         "smoothing": recipe.smoothing,
-        "mixer": make_mixer(recipe),
+        "mixer": make_mixer(recipe, module),
         "weights": recipe.class_weights,
         "deferred": recipe.deferred,
     }

@@ -20,6 +20,7 @@ from crosspatch.training import plan as plans
 from crosspatch.training import team
 from crosspatch.training.balance import resolve_balance
 from crosspatch.training.measure import resolve_products, settle_length
+from crosspatch.training.mix import require_mixable
 from crosspatch.training.objective import make_objective
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.recipe import Recipe
@@ -99,6 +100,8 @@ def _planned(
     _require_able(first)
     require_teachable(first, source)
     _require_taught(first, teacher, source)
+    task = "multilabel" if source.multi else "classify"
+    require_mixable(first, len(source.classes), task)
     prepared = read_pictures(source, first, reporter)
     split = course.split or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
@@ -110,7 +113,6 @@ def _planned(
     recipe, reasons = beginning.plan(shape, pictures)
     kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
-    task = "multilabel" if source.multi else "classify"
     recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
     recipe = replace(recipe, teacher=teacher, class_counts=tuple(pictures.counts().tolist()))
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
