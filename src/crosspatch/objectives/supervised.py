@@ -25,6 +25,9 @@ class Supervised(nn.Module):
     do.
     """
 
+    reads_warp = False
+    """Whether `Inputs.warp` is asked for."""
+
     def __init__(
         self,
         model: nn.Module,

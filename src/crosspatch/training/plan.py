@@ -23,7 +23,7 @@ from crosspatch.tokens import spec
 from crosspatch.tokens.reduce import check_options
 from crosspatch.training.machine import Machine
 from crosspatch.training.mix import resolve_mix
-from crosspatch.training.objective import SUPERVISED, resolve_objective
+from crosspatch.training.objective import SUPERVISED, UNMIXED, resolve_objective
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
 from crosspatch.training.weights import NONE, Found
@@ -135,6 +135,8 @@ def plan(
     reasons.extend(source.REASONS)
     recipe = replace(recipe, **_learnt(recipe, given))
     recipe = with_steps(recipe, recipe.steps, given)
+    if recipe.objective in UNMIXED:
+        reasons.append(f"Pictures are not mixed: {recipe.objective} mixes patches, if anything.")
     return recipe, reasons
 
 
@@ -240,6 +242,8 @@ def with_steps(recipe: Recipe, steps: int, overrides: Mapping[str, Any] | None =
     freeze = round(source.FREEZE * steps) if recipe.weights else 0
     how = {"steps": steps, "warmup": round(warmup), "freeze": freeze, "augment": augment}
     changed = replace(recipe, **how, **length)
+    if recipe.objective in UNMIXED:
+        changed = replace(changed, mix=(), mix_prob=(), mix_alpha=())
     return _apply(changed, given)
 
 

@@ -27,6 +27,7 @@ from crosspatch.training.reporter import Reporter
 from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
 from crosspatch.training.teacher import find_teacher, refuse_taught
+from crosspatch.training.token_labels import find_labels, refuse_labels
 from crosspatch.training.warmstart import plan_with_weights
 from crosspatch.versions import installed
 
@@ -88,11 +89,13 @@ def _planned(
     teacher = find_teacher(given["teacher"]) if given.get("teacher") else {}
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
+    labels = find_labels(given.get("labels"), source, first)
     prepared = read_pictures(source, first, reporter)
     split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
     require_alike(pictures)
     refuse_taught(teacher, pictures)
+    refuse_labels(labels, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
     recipe, reasons = beginning.plan(shape, pictures)
     kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
@@ -100,6 +103,7 @@ def _planned(
     task = "multilabel" if source.multi else "classify"
     recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
     recipe = replace(recipe, teacher=teacher, class_counts=tuple(pictures.counts().tolist()))
+    recipe = replace(recipe, labels=labels)
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     if load_recipe(recipe.name).RANGE and "lr" not in given:
