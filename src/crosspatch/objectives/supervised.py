@@ -50,6 +50,9 @@ class Supervised(nn.Module):
     """Whether a loss with weights is divided by the sum of the weights in the batch, as torch's
     cross-entropy does, and not by the number of pictures."""
 
+    reads_warp = False
+    """Whether `Inputs.warp` is asked for."""
+
     def __init__(
         self,
         model: nn.Module,

@@ -43,7 +43,6 @@ DISTILS = ("soft", "hard", "scalekd")
 WANTS = {
     "distill": ("teacher", "--teacher RUN"),
     "scalekd": ("teacher", "--teacher RUN"),
-    "token-labeling": ("labels", "--labels FILE, which crosspatch label writes"),
     "resformer": ("sizes", "--sizes 24,16"),
 }
 """What an objective cannot do without, and how it is typed."""
@@ -52,6 +51,8 @@ GIVES = {"labels": ("token-labeling",), "sizes": ("resformer",),
 """What only some objectives read."""
 OWN_RECIPES = {"deit-lt": "deit-lt"}
 """The recipe of an objective that has one of its own."""
+UNMIXED = ("token-labeling",)
+"""Objectives whose pictures are not mixed: a recipe's own mixing is left out for them."""
 FORM = "NAME or NAME:option=value,…, such as ldam:margin=0.5"
 
 
@@ -96,6 +97,12 @@ def resolve_objective(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if name == "distill" and "kind" not in options and "distill" in given:
         options = {"kind": distill, **options}
     _require_whole(name, given)
+    if name in UNMIXED and given.get("mix") not in (None, "none", ()):
+        raise UsageError(
+            f"--mix {given['mix']} with the objective {name}",
+            "whole pictures: a mixed one has no label at a place",
+            "--mix none, or leave --mix away",
+        )
     return name, options
 
 

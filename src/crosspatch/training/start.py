@@ -30,6 +30,7 @@ from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
 from crosspatch.training.taught import Course, learns_first, require_teachable
 from crosspatch.training.teacher import find_teacher, refuse_taught
+from crosspatch.training.token_labels import find_labels, refuse_labels
 from crosspatch.training.warmstart import plan_with_weights
 from crosspatch.versions import installed
 
@@ -102,6 +103,7 @@ def _planned(
     _require_taught(first, teacher, source)
     task = "multilabel" if source.multi else "classify"
     require_mixable(first, len(source.classes), task)
+    labels = find_labels(given.get("labels"), source, first)
     prepared = read_pictures(source, first, reporter)
     split = course.split or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
@@ -109,12 +111,14 @@ def _planned(
     if not teacher and learns_first(first):
         teacher = course.teach(given, first, look.median_side, pictures)
     refuse_taught(teacher, pictures)
+    refuse_labels(labels, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
     recipe, reasons = beginning.plan(shape, pictures)
     kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
     recipe = replace(recipe, teacher=teacher, class_counts=tuple(pictures.counts().tolist()))
+    recipe = replace(recipe, labels=labels)
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     if load_recipe(recipe.name).RANGE and "lr" not in given:

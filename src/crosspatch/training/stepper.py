@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crosspatch.data.augment import augment
+from crosspatch.data.augment import augment, placement
 from crosspatch.data.loading import Batch
 from crosspatch.errors import UsageError
 from crosspatch.layers import linear
@@ -167,17 +167,16 @@ class Stepper:
         r, rank = self.recipe, self.fabric.global_rank
         seed_step(r.seed, step, rank, self.device)
         set_rate(self.optimiser, self.lr(step))
-        images = augment(
-            batch.images.to(self.device, non_blocking=True),
-            batch.positions,
-            epoch=epoch,
-            seed=r.seed,
-            config=r.augment,
-            preprocess=self.preprocess,
-        )
+        draws: Any = {"epoch": epoch, "seed": r.seed}
+        draws |= {"config": r.augment, "preprocess": self.preprocess}
+        stored = batch.images.to(self.device, non_blocking=True)
+        images, warp = augment(stored, batch.positions, **draws), None
+        if getattr(self.objective, "reads_warp", False):
+            warp = placement(batch.positions, **draws).to(self.device)
         labels = batch.labels.to(self.device, non_blocking=True)
         scale = self.fabric.world_size / batch.n_global
-        inputs = Inputs(images, labels, (r.seed, step, rank), scale, batch.index)
+        drawn = (r.seed, step, rank)
+        inputs = Inputs(images, labels, drawn, scale, batch.index, warp, items=batch.items)
         self.head_first.before(step)
         loss = self._backward(inputs, step, batch.index)
         if r.sam > 0:
