@@ -48,7 +48,7 @@ def start_run(
     began: when the command did, by `time.perf_counter`. Raises UsageError and DataError.
     """
     given, machine = with_defaults(source, given), machines.look()
-    recipe, pictures, reasons = _planned(source, given, machine, reporter)
+    recipe, pictures, reasons = planned(source, given, machine, reporter)
     recipe, estimate = settle_length(recipe, pictures, given, reasons, began)
     recipe = Recipe.from_dict(team.share(recipe.to_dict()))
     if not recipe.penalties:
@@ -77,11 +77,12 @@ def start_run(
     return recipe, pictures, config
 
 
-def _planned(
+def planned(
     source: Source, given: dict[str, Any], machine: machines.Machine, reporter: Reporter
 ) -> tuple[Recipe, Pictures, list[str]]:
     """(recipe but for its length, pictures, reasons). What is planned for the pictures that are
-    there decides how they are decoded; those that can be read, what is trained."""
+    there decides how they are decoded; those that can be read, what is trained. Nothing is
+    written. Raises UsageError and DataError for what cannot be."""
     seed, look = given.get("split_seed", given.get("seed", 0)), survey(source)
     guess = make_split(source, seed=seed)
     shape = (look, len(guess.train), len(source.classes), machine)
