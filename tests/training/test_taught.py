@@ -1,4 +1,4 @@
-"""`--objective deit-lt` in one command: a teacher first, then its student; killed, resumed, refused."""
+"""`--objective deit-lt` in one command: a teacher first, then its student."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ from crosspatch.errors import CrosspatchError, Interrupted, UsageError, near
 
 VERBS = {
     "train": ("crosspatch.cli.train:train", "Train a classifier on a folder of pictures."),
+    "compare": ("crosspatch.cli.compare:compare", "Find out which way to train is better."),
     "eval": ("crosspatch.cli.eval:evaluate", "Measure a trained run on labelled pictures."),
     "predict": ("crosspatch.cli.predict:predict", "Name the class of pictures."),
     "export": ("crosspatch.cli.export:export", "Write a run as one file for other programs."),

@@ -54,7 +54,7 @@ def start_run(
     """
     course.asked = {"data": str(spec), "reading": reading, "asked": given}
     given, machine = with_defaults(source, given), machines.look()
-    recipe, pictures, reasons = _planned(source, given, machine, reporter, course)
+    recipe, pictures, reasons = planned(source, given, machine, reporter, course)
     recipe, estimate = settle_length(recipe, pictures, given, reasons, course.began)
     recipe = Recipe.from_dict(team.share(recipe.to_dict()))
     if not recipe.penalties:
@@ -84,15 +84,17 @@ def start_run(
     return recipe, pictures, config
 
 
-def _planned(
+def planned(
     source: Source,
     given: dict[str, Any],
     machine: machines.Machine,
     reporter: Reporter,
-    course: Course,
+    course: Course | None = None,
 ) -> tuple[Recipe, Pictures, list[str]]:
     """(recipe but for its length, pictures, reasons). What is planned for the pictures that are
-    there decides how they are decoded; those that can be read, what is trained."""
+    there decides how they are decoded; those that can be read, what is trained. Nothing is
+    written; without a `course` no teacher is trained. Raises UsageError and DataError for what
+    cannot be."""
     seed, look = given.get("split_seed", given.get("seed", 0)), survey(source)
     guess = make_split(source, seed=seed)
     shape = (look, len(guess.train), len(source.classes), machine)
@@ -105,10 +107,11 @@ def _planned(
     require_mixable(first, len(source.classes), task)
     labels = find_labels(given.get("labels"), source, first)
     prepared = read_pictures(source, first, reporter)
-    split = course.split or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
+    told = course.split if course else None
+    split = told or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
     require_alike(pictures)
-    if not teacher and learns_first(first):
+    if course and not teacher and learns_first(first):
         teacher = course.teach(given, first, look.median_side, pictures)
     refuse_taught(teacher, pictures)
     refuse_labels(labels, pictures)
