@@ -1,4 +1,4 @@
-"""`--objective deit-lt` in one command: a teacher first, then its student; killed, resumed, refused."""
+"""`--objective deit-lt` in one command: a teacher, then its student; stopped, resumed, refused."""
 
 from __future__ import annotations
 
@@ -139,11 +139,14 @@ def test_a_teacher_of_other_classes_or_without_numbers_is_refused(opened, monkey
     own = {"objective": "supervised", "recipe": "cnn", "model": "resnet_micro_32", "size": 16}
     session.train_run("stripes", tmp_path / "t", {**GIVEN, **own, "epochs": 1})
     path = tmp_path / "t" / "model" / "model.safetensors"
-    spoilt = {name: value * float("nan") if name == "linear.weight" else value
-              for name, value in load_file(path).items()}  # fmt: skip
-    save_file(spoilt, path)
-    with pytest.raises(DataError, match="not finite"):
-        trained(tmp_path / "r", teacher=str(tmp_path / "t"))
+    whole = load_file(path)
+    for times, said in ((3e38, "answers with numbers"), (float("nan"), "holds weights")):
+        head = (whole["linear.weight"].sign() + 0.5) * times
+        save_file({**whole, "linear.weight": head}, path)
+        with pytest.raises(DataError, match=f"{said} that are not finite"):
+            trained(tmp_path / "r", teacher=str(tmp_path / "t"))
+        assert not (tmp_path / "r").exists()
+    save_file(whole, path)
     config = json.loads((tmp_path / "t" / "model" / "config.json").read_text())
     config["class_names"] = ["x", "y", "z"]
     (tmp_path / "t" / "model" / "config.json").write_text(json.dumps(config))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from crosspatch.errors import UsageError
@@ -14,6 +15,17 @@ from crosspatch.mixing import Mixing, OneOf, draws
 from crosspatch.objectives import Given, Inputs
 from crosspatch.tasks.classify import Classify
 from crosspatch.tasks.multilabel import MultiLabel
+
+
+def mean_weight(weights: Tensor) -> Tensor:
+    """weights (B,) of the pictures of this process -> their mean over all processes, a scalar.
+
+    A loss that is divided by it is divided by the sum of the weights, not by the pictures.
+    """
+    total = torch.stack([weights.sum(), weights.new_tensor(float(len(weights)))])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return total[0] / total[1]
 
 
 class Supervised(nn.Module):
@@ -24,6 +36,10 @@ class Supervised(nn.Module):
     label of each class counts (K,), or nothing; deferred: from which part of the training on they
     do.
     """
+
+    weighted_mean = False
+    """Whether a loss with weights is divided by the sum of the weights in the batch, as torch's
+    cross-entropy does, and not by the number of pictures."""
 
     def __init__(
         self,
@@ -53,11 +69,22 @@ class Supervised(nn.Module):
 
     def mixed(self, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor, Mixing | None]:
         """Images and soft targets (B, K) of a batch after its mixing, and what was mixed."""
-        images, mixing = inputs.images, None
-        if self.mixer is not None:
-            images, mixing = self.mixer(images, draws(*inputs.draw))
+        images, mixing = self.mix(inputs)
+        return images, self.targets(inputs.labels, mixing, progress), mixing
+
+    def mix(self, inputs: Inputs) -> tuple[Tensor, Mixing | None]:
+        """Images of a batch after its mixing, and what was mixed."""
+        if self.mixer is None:
+            return inputs.images, None
+        return self.mixer(inputs.images, draws(*inputs.draw))
+
+    def targets(self, labels: Tensor, mixing: Mixing | None, progress: float) -> Tensor:
+        """What the task's loss takes for these labels: smoothed, mixed, weighted (B, K)."""
         weights = self.weights_at(progress)
-        return images, self.task.targets(inputs.labels, mixing, self.smoothing, weights), mixing
+        targets = self.task.targets(labels, mixing, self.smoothing, weights)
+        if weights is None or not self.weighted_mean:
+            return targets
+        return targets / mean_weight(targets.sum(dim=1))  # a row sums to its picture's weight
 
     def weights_at(self, progress: float) -> Tensor | None:
         """How often a label of each class counts (K,), at this part of the training."""

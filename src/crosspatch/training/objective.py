@@ -23,7 +23,7 @@ from crosspatch.objectives.supervised import Supervised
 from crosspatch.tasks import make_task
 from crosspatch.tokens.spec import METHODS, parse_options
 from crosspatch.training.package import build_model
-from crosspatch.training.recipe import Recipe
+from crosspatch.training.recipe import EFFECTIVES, Recipe
 from crosspatch.training.teacher import load_teacher
 
 MIXER_OF: dict[str, Callable] = {
@@ -168,7 +168,9 @@ def make_objective(
     }
     teacher = load_teacher(recipe, classes) if recipe.teacher else None
     given = Given(recipe.objective_args, recipe.class_counts, teacher, recipe.labels)
-    return kind.build(module, make_task(recipe.task, classes), rules, given)
+    objective = kind.build(module, make_task(recipe.task, classes), rules, given)
+    objective.weighted_mean = recipe.balance in EFFECTIVES
+    return objective
 
 
 def _objective_class(name: str) -> type[Supervised]:

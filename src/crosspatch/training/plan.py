@@ -71,6 +71,12 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("batch", "epochs", "time", "lr"):
         if key in given and not given[key] > 0:
             raise UsageError(f"--{key} {given[key]}", "a number above 0", f"change --{key}")
+    if "sam" in given and not 0 < given["sam"] < math.inf:
+        raise UsageError(
+            f"--sam {given['sam']}",
+            "a radius above 0, such as 0.05",
+            "change --sam, or leave it away",
+        )
     if "time" in given and ("epochs" in given or "steps" in given):
         raise UsageError(
             "both --time and --epochs", "one of them", "leave one away: either sets the length"
@@ -166,6 +172,11 @@ def plan(
     reasons.extend(source.REASONS)
     recipe = replace(recipe, **_learnt(recipe, given))
     recipe = with_steps(recipe, recipe.steps, given)
+    if recipe.sam:
+        reasons.append(
+            f"Sharpness-aware steps of radius {recipe.sam:g}: two passes each, so they take about "
+            "twice as long."
+        )
     return recipe, reasons
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,7 +19,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 MIXERS = ("mixup", "cutmix", "mixup-batch", "cutmix-batch")
 SCHEDULES = ("cosine", "epochs")
 OPTIMISERS = ("adamw-fused", "adamw-foreach", "sgd")
-BALANCES = ("none", "weights", "effective", "drw", "sampler", "auto")
+EFFECTIVES = ("effective", "drw")
+BALANCES = ("none", "weights", *EFFECTIVES, "sampler", "auto")
 Pair = tuple[float, float]
 
 
@@ -128,7 +130,7 @@ class Recipe:
         _check(isinstance(self.weights, dict), "weights", self.weights, "a table: kind, path, …")
         _check(self.freeze >= 0, "freeze", self.freeze, "0 or more")
         _check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")
-        _check(self.sam >= 0, "sam", self.sam, "0 or more")
+        _check(0 <= self.sam < math.inf, "sam", self.sam, "0 or more")
         _check(0 <= self.deferred <= 1, "deferred", self.deferred, "in [0, 1]")
         _check(self.workers >= 0, "workers", self.workers, "0 or more")
         _check(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")

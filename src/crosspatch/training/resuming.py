@@ -234,6 +234,7 @@ def _changed_recipe(
     if "linear" in given:
         changed = resolve_products(changed)
     counts, classes = pictures.counts(), pictures.source.classes
+    changed = replace(changed, class_counts=tuple(counts.tolist()))
     return resolve_balance(changed, counts, classes, reasons)
 
 

@@ -12,6 +12,7 @@ import inspect
 import logging
 import math
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from crosspatch.training.optim import (
     staged_rate,
 )
 from crosspatch.training.recipe import Recipe
+from crosspatch.training.sam import sharpness_aware
 
 FABRIC_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -177,10 +179,10 @@ class Stepper:
         scale = self.fabric.world_size / batch.n_global
         inputs = Inputs(images, labels, (r.seed, step, rank), scale, batch.index)
         self.head_first.before(step)
-        loss = self._wrapped(inputs, step / r.steps)["loss"]
-        self.watch.note(step, "loss", loss, batch.index)
-        self.fabric.backward(loss)
-        self.head_first.after(step)
+        loss = self._backward(inputs, step, batch.index)
+        if r.sam > 0:
+            again = partial(self._backward, inputs, step, batch.index)
+            sharpness_aware(self.objective, r.sam, again)
         if r.clip > 0:
             norm = self.fabric.clip_gradients(
                 self._wrapped, self._driver, max_norm=r.clip, error_if_nonfinite=False
@@ -193,6 +195,18 @@ class Stepper:
             self.ema.update(step)
         self.loss_sum += team.mean(loss.detach())
         self.loss_count += 1
+
+    def _backward(self, inputs: Inputs, step: int, index: Tensor) -> Tensor:
+        """The loss of one pass, whose gradients lie in the parameters; index: its pictures. Each
+        pass of a sharpness-aware step draws the same."""
+        r, rank = self.recipe, self.fabric.global_rank
+        if r.sam > 0:
+            seed_step(r.seed, step, rank, self.device)
+        loss = self._wrapped(inputs, step / r.steps)["loss"]
+        self.watch.note(step, "loss", loss, index)
+        self.fabric.backward(loss)
+        self.head_first.after(step)
+        return loss
 
     def mean_loss(self, step: int) -> float:
         """Mean loss since `reset_loss`, in nats, after `step` steps (waits for the device).
