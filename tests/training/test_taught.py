@@ -140,7 +140,7 @@ def test_a_teacher_of_other_classes_or_without_numbers_is_refused(opened, monkey
     session.train_run("stripes", tmp_path / "t", {**GIVEN, **own, "epochs": 1})
     path = tmp_path / "t" / "model" / "model.safetensors"
     whole = load_file(path)
-    for times, said in ((3e38, "answers with numbers"), (float("nan"), "holds weights")):
+    for times, said in ((2e38, "answers with numbers"), (float("nan"), "holds weights")):
         head = (whole["linear.weight"].sign() + 0.5) * times
         save_file({**whole, "linear.weight": head}, path)
         with pytest.raises(DataError, match=f"{said} that are not finite"):
