@@ -26,6 +26,7 @@ from crosspatch.training.recipes import load_recipe
 from crosspatch.training.reporter import Reporter
 from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
+from crosspatch.training.sizes import describe_sizes, settle_sizes
 from crosspatch.training.teacher import find_teacher, refuse_taught
 from crosspatch.training.warmstart import plan_with_weights
 from crosspatch.versions import installed
@@ -88,6 +89,7 @@ def _planned(
     teacher = find_teacher(given["teacher"]) if given.get("teacher") else {}
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
+    first = settle_sizes(first, len(source.classes))
     prepared = read_pictures(source, first, reporter)
     split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
@@ -95,12 +97,15 @@ def _planned(
     refuse_taught(teacher, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
     recipe, reasons = beginning.plan(shape, pictures)
-    kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
+    kept = {
+        key: getattr(first, key) for key in ("model", "model_args", "size", "store", "fit", "sizes")
+    }
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     task = "multilabel" if source.multi else "classify"
     recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
     recipe = replace(recipe, teacher=teacher, class_counts=tuple(pictures.counts().tolist()))
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
+    reasons += describe_sizes(recipe)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     if load_recipe(recipe.name).RANGE and "lr" not in given:
         reporter.message("looking for the rate: some steps of a copy, thrown away afterwards")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crosspatch.data.augment import augment
+from crosspatch.data.augment import augment, shrunk
 from crosspatch.data.loading import Batch
 from crosspatch.errors import UsageError
 from crosspatch.layers import linear
@@ -164,17 +164,12 @@ class Stepper:
         r, rank = self.recipe, self.fabric.global_rank
         seed_step(r.seed, step, rank, self.device)
         set_rate(self.optimiser, self.lr(step))
-        images = augment(
-            batch.images.to(self.device, non_blocking=True),
-            batch.positions,
-            epoch=epoch,
-            seed=r.seed,
-            config=r.augment,
-            preprocess=self.preprocess,
-        )
+        images, *views = self._augmented(batch, epoch)
         labels = batch.labels.to(self.device, non_blocking=True)
         scale = self.fabric.world_size / batch.n_global
-        inputs = Inputs(images, labels, (r.seed, step, rank), scale, batch.index)
+        inputs = Inputs(
+            images, labels, (r.seed, step, rank), scale, batch.index, views=tuple(views)
+        )
         self.head_first.before(step)
         loss = self._wrapped(inputs, step / r.steps)["loss"]
         self.watch.note(step, "loss", loss, batch.index)
@@ -192,6 +187,17 @@ class Stepper:
             self.ema.update(step)
         self.loss_sum += team.mean(loss.detach())
         self.loss_count += 1
+
+    def _augmented(self, batch: Batch, epoch: int) -> list[Tensor]:
+        """The pictures at the recipe's size and at each further one, each time with draws of their
+        own."""
+        r = self.recipe
+        stored = batch.images.to(self.device, non_blocking=True)
+        how = {"epoch": epoch, "seed": r.seed, "config": r.augment, "preprocess": self.preprocess}
+        made = [augment(stored, batch.positions, **how)]
+        for number, size in enumerate(r.sizes, 1):
+            made.append(shrunk(augment(stored, batch.positions, **how, stream=number), size))
+        return made
 
     def mean_loss(self, step: int) -> float:
         """Mean loss since `reset_loss`, in nats, after `step` steps (waits for the device).
