@@ -1,4 +1,4 @@
-"""What papers claim, scaled down to minutes through `crosspatch compare`; outcomes into the catalog.
+"""What papers claim, scaled down to minutes by `crosspatch compare`; outcomes into the catalog.
 
     python benchmarks/claims.py                      what there is, and about how long it takes
     python benchmarks/claims.py GROUP --data cifar10.tar.xz --out FOLDER

@@ -18,7 +18,7 @@ from crosspatch.training import team
 from crosspatch.training.judge import finish, split_sizes, weight
 from crosspatch.training.loop import fit
 from crosspatch.training.objective import make_objective
-from crosspatch.training.pictures import Pictures, open_shared, read_pictures
+from crosspatch.training.pictures import Pictures, open_source, read_pictures
 from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent
@@ -86,7 +86,7 @@ def _train(
     if begun and team.share(RunFolder(out).config_path.is_file()):
         was = begun_reading(out, reading, whole=not resume) if team.first() else None
         reading = team.share(was)
-    source = open_shared(source_spec, reading)
+    source = open_source(source_spec, **reading)
     with _folder(out, overwrite=overwrite, resume=begun) as run:
         if begun:
             asked = Asked(given, whole=not resume, force=force)
