@@ -92,6 +92,8 @@ FAMILIES = {
         {"img_size": 32, "depth": 1, "embed_dim": 24},
     ),
     "psvit": ("psvit_micro_32", {}),
+    "resnet": ("resnet_micro_32", {}),
+    "resnet, oblong, odd": ("resnet_micro_32", {"img_size": (26, 35)}),
     "evo deit": (
         "evo_deit_tiny_patch16_224",
         {"img_size": 64, "depth": 3, "embed_dim": 24, "num_heads": 3},

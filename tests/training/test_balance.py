@@ -18,7 +18,14 @@ from crosspatch.mixing import Mixing
 from crosspatch.objectives import Inputs
 from crosspatch.objectives.supervised import Supervised
 from crosspatch.tasks.classify import Classify
-from crosspatch.training.balance import BETA, choose_balance, class_weights, resolve_balance
+from crosspatch.training.balance import (
+    BETA,
+    choose_balance,
+    class_weights,
+    effective_weights,
+    resolve_balance,
+)
+from support import goldens
 
 counts = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 
@@ -138,3 +145,56 @@ def test_a_linear_probe_weighs_every_picture_alike(make_recipe):
     assert resolve_balance(probe, np.array([1, 99]), "ab", []).balance == "none"
     with pytest.raises(UsageError, match="alike"):
         resolve_balance(replace(probe, balance="weights"), np.array([1, 99]), "ab", [])
+
+
+def test_effective_weights_are_those_of_the_golden():
+    golden = goldens.arrays("deit-lt/loss_drw")
+    found = effective_weights(golden["counts_c10_if100"])
+    np.testing.assert_allclose(found, golden["class_weights"], rtol=1e-6)
+
+
+@given(st.lists(st.integers(1, 100_000), min_size=1, max_size=30))
+def test_effective_weights_sum_to_the_classes_and_never_rise_with_the_pictures(numbers):
+    found = np.array(effective_weights(np.array(numbers)))
+    assert found.sum() == pytest.approx(len(numbers), rel=1e-6)
+    assert (np.diff(found[np.argsort(numbers, kind="stable")]) <= 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "objective", "mode", "deferred"),
+    [
+        ("effective", "supervised", "effective", 0.0),
+        ("drw", "supervised", "drw", 0.8),
+        ("auto", "ldam", "drw", 0.8),
+        ("auto", "logit-adjust", "none", 0.0),
+        ("drw", "logit-adjust", "drw", 0.8),
+        ("none", "ldam", "none", 0.0),
+    ],
+)
+def test_weights_of_the_authors_from_the_start_or_late(
+    make_recipe, asked, objective, mode, deferred
+):
+    reasons: list[str] = []
+    before = make_recipe(balance=asked, objective=objective)
+    recipe = resolve_balance(before, np.array([100, 9, 1]), "abc", reasons)
+    assert (recipe.balance, recipe.deferred) == (mode, deferred)
+    assert bool(recipe.class_weights) == (mode != "none")
+    assert any("for 80% of the run" in one for one in reasons) == (mode == "drw")
+    again = resolve_balance(recipe, np.array([100, 9, 1]), "abc", [])
+    assert again == recipe
+
+
+def test_the_late_part_may_be_said(make_recipe):
+    before = make_recipe(balance="drw", deferred=0.9)
+    assert resolve_balance(before, np.array([9, 1]), "ab", []).deferred == 0.9
+
+
+def test_what_weights_cannot_do_is_refused(make_recipe):
+    for asked in ("effective", "drw"):
+        with pytest.raises(UsageError, match="b: a tail class without a training picture"):
+            choose_balance(asked, np.array([9, 0]), "ab", 8)
+        with pytest.raises(UsageError, match="several labels"):
+            choose_balance(asked, np.array([9, 3]), "ab", 8, several=True)
+    adjusted = make_recipe(balance="sampler", objective="logit-adjust")
+    with pytest.raises(UsageError, match="sampler"):
+        resolve_balance(adjusted, np.array([9, 3]), "ab", [])

@@ -26,6 +26,7 @@ from crosspatch.training import launch
 
 WIDTH = 80
 READY = "getting ready"
+TRAINING = "training"
 EPOCH_HEAD = "   epoch     time    loss  val acc    95 % range       rate  images/s     left"
 
 
@@ -63,6 +64,7 @@ class Screen:
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._headed = self._several = False
+        self._bar_name = TRAINING
         self._first: tuple[int, float] | None = None  # the first step seen, and when
 
     def __enter__(self) -> Screen:
@@ -107,7 +109,7 @@ class Screen:
         self._first = self._first or (done, now)
         made, took = done - self._first[0], now - self._first[1]
         left = f"{words.duration(took / made * (total - done))} left" if made > 0 else ""
-        self._bar("training", done, total, f"step {done:,}/{total:,}  loss {loss:.3f}  {left}")
+        self._bar(self._bar_name, done, total, f"step {done:,}/{total:,}  loss {loss:.3f}  {left}")
 
     def _bar(self, what: str, done: int, total: int, note: str) -> None:
         """Move a bar; while none moves and the plan is not made, one says that work goes on."""
@@ -131,7 +133,10 @@ class Screen:
         """The first screen: data, choices and why, time, place."""
         self._hide_bars()
         self._several = info.get("task") == "multilabel"
-        self.line(f"crosspatch {crosspatch.__version__} on {info.get('data', 'pictures')}", "bold")
+        role, self._headed, self._first = info.get("role"), False, None
+        self._bar_name = f"{TRAINING} the {role}" if role else TRAINING
+        what = f"the {role} of a run" if role else f"crosspatch {crosspatch.__version__}"
+        self.line(f"{what} on {info.get('data', 'pictures')}", "bold")
         for name, text in _plan_rows(info):
             parts = textwrap.wrap(words.visible(text), WIDTH - 14, break_on_hyphens=False) or [""]
             for place, part in enumerate(parts):

@@ -91,7 +91,8 @@ class Choices:
     """Peak learning rate."""
 
     recipe: Annotated[str | None, Parameter(metavar="NAME", show_default="small")] = None
-    """The set of defaults: small, finetune (with weights), deit (large sets), probe."""
+    """The set of defaults: small, finetune (with weights), deit (large sets), cnn, deit-lt,
+    probe."""
 
     weights: Annotated[
         str | None,
@@ -144,7 +145,8 @@ class Learnt:
     else the labels alone: supervised)."""
 
     mix: Annotated[str | None, Parameter(metavar="NAME,NAME,…|none")] = None
-    """How pictures are mixed, one of these for each batch: mixup, cutmix …"""
+    """How pictures are mixed, one of these for each batch: mixup, cutmix, resizemix,
+    maskmix, mixpro …"""
 
     teacher: Annotated[str | None, Parameter(metavar="RUN|NAME")] = None
     """A trained network to learn from: a run, or a checkpoint by timm's name."""
@@ -248,7 +250,7 @@ def resumable(do: str, out: Path, sign: str = "config.toml") -> Iterator[None]:
         except Interrupted as stop:
             raise Interrupted(stop.got, stop.expected, do) from stop
         except KeyboardInterrupt as stop:
-            if not (out / sign).is_file():
+            if not any((out / file).is_file() for file in (sign, "waiting.toml")):
                 raise
             raise Interrupted(f"stopped by {name}", f"{out} holds what was done", do) from stop
 

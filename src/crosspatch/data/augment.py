@@ -94,7 +94,7 @@ def augment(
     table = draws(positions, seed=seed, epoch=epoch)
     steering = Steering(*(part.to(images.device) for part in steer(table, config, preprocess)))
     if config.warps:
-        pictures = _sample(_planar(images), steering.warp, preprocess.size)
+        pictures = sample(_planar(images), steering.warp, preprocess.size)
     else:
         pictures = _planar(preprocess.centre(images))
     if config.recolours:
@@ -103,6 +103,24 @@ def augment(
     else:
         pictures = _standardise(pictures, preprocess)
     return _blank(pictures, steering.blank) if config.erase else pictures
+
+
+def placement(
+    positions: torch.Tensor, *, epoch: int, seed: int, config: AugmentConfig, preprocess: Preprocess
+) -> torch.Tensor:
+    """(B, 2, 3) float32: where a point of each picture that `augment` gives lies in the stored one,
+    both in [-1, 1], as (across, down, 1) -> (across, down)."""
+    if config.warps:
+        return steer(draws(positions, seed=seed, epoch=epoch), config, preprocess).warp
+    (height, width), (tall, wide) = preprocess.size, preprocess.store
+    left, top = (wide - width) // 2, (tall - height) // 2
+    middle = torch.tensor(
+        [
+            [width / wide, 0, (2 * left + width) / wide - 1],
+            [0, height / tall, (2 * top + height) / tall - 1],
+        ]
+    )
+    return middle.expand(len(positions), -1, -1)
 
 
 def normalise(images: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
@@ -210,8 +228,9 @@ def _planar(images: torch.Tensor) -> torch.Tensor:
     return images.permute(0, 3, 1, 2).contiguous().float()
 
 
-def _sample(pictures: torch.Tensor, warp: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear, mirrored at the edges. The map is affine, so its grid is one outer sum."""
+def sample(pictures: torch.Tensor, warp: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """pictures (B, C, H', W') through `warp` (B, 2, 3) to (B, C, H, W): bilinear, mirrored at the
+    edges. The map is affine, so its grid is one outer sum."""
     height, width = (_midpoints(side, pictures.device) for side in size)
     across = warp[:, :, 0:1] * (2 * width - 1) + warp[:, :, 2:]
     down = warp[:, :, 1:2] * (2 * height - 1)

@@ -137,6 +137,19 @@ class Attention(nn.Module):
                 full = self.map(q, k, bias)
         return self.merge_heads(self._fused(q, k, v, bias)), AttentionStats(keys, row, full)
 
+    def with_class_row(
+        self, x: Tensor, bias: Tensor | None = None, rows: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and beside its fused kernel the attention of the first token (B, N): the mean
+        over the heads, before dropout, without a gradient."""
+        if rows is None:
+            q, k, v = self.project(x)
+        else:
+            q, (k, v) = self._queries(x[:, :rows]), self._keys_and_values(x)
+        with torch.no_grad():
+            row = self.class_row(q, k, bias).float().mean(dim=1)
+        return self.merge_heads(self._fused(q, k, v, bias)), row
+
     def keep_values(self) -> None:
         """Gives up queries and keys for good: from now on this layer is given another one's
         map."""
@@ -208,6 +221,14 @@ class CrossAttention(nn.Module):
 
     def _gather_folded(self, x: Tensor, bias: Tensor | None) -> Tensor:
         shape = (self.num_heads, -1)
+        attention = F.dropout(self._folded_row(x, bias), self.attn_drop, self.training)
+        y = torch.einsum("bhc,hdc->bhd", attention @ x, self.wv.weight.unflatten(0, shape))
+        if self.wv.bias is not None:
+            y = y + attention.sum(dim=-1, keepdim=True) * self.wv.bias.unflatten(0, shape)
+        return y.flatten(1)[:, None]
+
+    def _folded_row(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        shape = (self.num_heads, -1)
         q = self.wq(x[:, 0]).unflatten(-1, shape)  # (B, H, d)
         q = q * q.shape[-1] ** -0.5
         query = torch.einsum("bhd,hdc->bhc", q, self.wk.weight.unflatten(0, shape))
@@ -218,14 +239,12 @@ class CrossAttention(nn.Module):
             )
         if bias is not None:
             logits = logits + bias[:, None, :].to(logits.dtype)
-        attention = F.dropout(logits.softmax(dim=-1), self.attn_drop, self.training)
-        y = torch.einsum("bhc,hdc->bhd", attention @ x, self.wv.weight.unflatten(0, shape))
-        if self.wv.bias is not None:
-            y = y + attention.sum(dim=-1, keepdim=True) * self.wv.bias.unflatten(0, shape)
-        return y.flatten(1)[:, None]
+        return logits.softmax(dim=-1)
 
     def class_row(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, H, N): the attention of the query over the tokens of x (B, N, C)."""
+        """(B, H, N): the attention of the query over the tokens of x (B, N, C), before dropout."""
+        if self.folded:
+            return self._folded_row(x, bias)
         q, k = self._heads(self.wq(x[:, :1])), self._heads(self.wk(x))
         logits = (q * (q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
         if bias is not None:

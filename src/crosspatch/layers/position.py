@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,14 @@ from torch import Tensor
 
 
 class Table(NamedTuple):
-    """What a position table belongs to: a grid (h, w) and the prefix tokens that come first."""
+    """What a position table belongs to: a grid (h, w) and the prefix tokens that come first.
+
+    margin: how the table is resized, see `resize_table`.
+    """
 
     grid: tuple[int, int]
     n_prefix: int
+    margin: float = 0.0
 
 
 def resize_tables(
@@ -29,7 +33,7 @@ def resize_tables(
     rows belongs to a square grid, and ValueError is raised where there is none.
     """
     resized = dict(state)
-    for name, (grid, n_prefix) in new.items():
+    for name, (grid, n_prefix, margin) in new.items():
         table = resized.get(name)
         if table is None:
             continue
@@ -39,17 +43,23 @@ def resize_tables(
             continue
         else:
             given = square_grid(table.shape[1] - n_prefix)
-        resized[name] = resize_table(table, given, grid, n_prefix)
+        resized[name] = resize_table(table, given, grid, n_prefix, margin)
     return resized
 
 
 def resize_table(
-    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], n_prefix: int
+    table: Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    n_prefix: int,
+    margin: float = 0.0,
 ) -> Tensor:
     """A table (1, n_prefix + h*w, C) for `old_grid` (h, w), resized to `new_grid`.
 
     Bicubic without antialiasing and align_corners False, prefix rows kept, as DeiT does for another
-    resolution. Raises ValueError where the table does not belong to `old_grid`.
+    resolution. With a `margin` the positions are sampled as if the new grid were (h + margin, w +
+    margin): 0.1 is how DINO, and DeiT-LT after it, keep a rounded scale from losing a row. Raises
+    ValueError where the table does not belong to `old_grid`.
     """
     expected = n_prefix + old_grid[0] * old_grid[1]
     if table.shape[1] != expected:
@@ -61,7 +71,11 @@ def resize_table(
         return table
     prefix, patches = table[:, :n_prefix], table[:, n_prefix:]
     image = patches.unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2).float()
-    image = F.interpolate(image, size=tuple(new_grid), mode="bicubic", align_corners=False)
+    how: dict[str, Any] = {"size": tuple(new_grid)}
+    if margin:
+        scale = [(new + margin) / old for new, old in zip(new_grid, old_grid, strict=True)]
+        how = {"scale_factor": scale, "recompute_scale_factor": False}
+    image = F.interpolate(image, mode="bicubic", align_corners=False, **how)
     patches = image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
     return torch.cat([prefix, patches], dim=1)
 

@@ -45,6 +45,7 @@ ACTIVATIONS = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "quick_gelu": QuickGELU,
 }
+UNREAD = ("mask_token", "head1")  # in a released file
 # (in_chans, dim, patch_size) to a module from images (B, C, H, W) to patch tokens (B, h*w, dim)
 Stem = Callable[[int, int, tuple[int, int]], nn.Module]
 
@@ -55,6 +56,7 @@ class VisionTransformer(nn.Module):
     stages: overrides `embed_dim`, `depth`, `num_heads` and `mlp_ratio` with explicit shapes.
     dist_token: DeiT's distillation token with a head of its own. stem: "patch", "conv" (small
     pictures) or a `Stem`. residual_scale: a constant factor of both branches of every block.
+    pos_margin: how positions are resized to another grid (`layers.position.resize_table`).
     img_size: the side or (H, W) that positions are laid out for; other inputs raise ValueError
     unless `dynamic_img_size`, which resizes the positions on the way.
     """
@@ -94,6 +96,7 @@ class VisionTransformer(nn.Module):
         act_layer: str = "gelu",
         stem: str | Stem = "patch",
         residual_scale: float = 1.0,
+        pos_margin: float = 0.0,
         stages: Sequence[StageSpec] | None = None,
     ) -> None:
         super().__init__()
@@ -114,6 +117,7 @@ class VisionTransformer(nn.Module):
         self.num_reg_tokens, self.has_class_token = reg_tokens, class_token
         self.num_prefix_tokens = int(class_token) + int(dist_token) + reg_tokens
         self.no_embed_class, self.dynamic_img_size = no_embed_class, dynamic_img_size
+        self.pos_margin = pos_margin
         self.grad_checkpointing = self.distilled_training = False
         self.reducer: Reducer | None = None
 
@@ -189,12 +193,13 @@ class VisionTransformer(nn.Module):
         *,
         pooled: bool = False,
         reducer: Reducer | str | None = "own",
+        attended: dict[int, Tensor] | None = None,
     ) -> tuple[TokenState, dict[int, TokenState]]:
         """All blocks over the state; the states after the blocks in `collect`, by number.
 
         pooled: only what `pool` reads is needed; where that is the prefix tokens, the last block
         computes no patch (1/12 of a DeiT, the same numbers) and the state has none. reducer: takes
-        the place of the model's own.
+        the place of the model's own. attended: see `run_blocks`.
         """
         collected, first, maps = {}, 0, {}
         hooks: Any = self.reducer if isinstance(reducer, str) else reducer
@@ -212,6 +217,7 @@ class VisionTransformer(nn.Module):
                 checkpointing=self.grad_checkpointing,
                 maps=maps,
                 last_rows=self.num_prefix_tokens if short and spec is self.stages[-1] else None,
+                attended=attended,
             )
             collected.update(found)
             first += len(spec.blocks)
@@ -301,7 +307,7 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is None:
             return {}
         n_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        return {"pos_embed": Table(self.grid, n_prefix)}
+        return {"pos_embed": Table(self.grid, n_prefix, self.pos_margin)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
@@ -363,7 +369,7 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is None or grid == self.grid:
             return self.pos_embed
         n_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        return resize_table(self.pos_embed, self.grid, grid, n_prefix)
+        return resize_table(self.pos_embed, self.grid, grid, n_prefix, self.pos_margin)
 
     def _pool(self, x: Tensor, sizes: Tensor | None) -> Any:
         n = self.num_prefix_tokens
@@ -438,6 +444,9 @@ def checkpoint_filter_fn(
 ) -> dict[str, Tensor]:
     """A released state dict, made to fit `model`: unwrapped, positions resized to the model's grid.
 
-    Takes DeiT's files ({"model": …}) and timm's. Raises ValueError where a table is no square grid.
+    Takes DeiT's files ({"model": …}), timm's, and MixPro's, whose mask token and second head its
+    network never reads. Raises ValueError where a table is no square grid.
     """
-    return resize_tables(state_dict.get("model", state_dict), model.position_tables())
+    found = state_dict.get("model", state_dict)
+    read = {k: v for k, v in found.items() if k.partition(".")[0] not in UNREAD}
+    return resize_tables(read, model.position_tables())

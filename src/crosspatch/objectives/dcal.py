@@ -60,7 +60,7 @@ class DualCross(Supervised):
         """The loss of one batch; parts: the three branches' own, means over the global batch."""
         count = inputs.images.shape[0]
         partner = pair(count, draws(*inputs.draw), inputs.images.device)
-        targets = self.task.targets(inputs.labels, None, self.smoothing, self.weights_at(progress))
+        targets = self.targets(inputs.labels, None, progress)
         losses = torch.stack(
             [
                 self.task.loss(logits, targets).sum() * inputs.scale

@@ -89,9 +89,7 @@ class Consistency(Supervised):
         images, mixing = inputs.images, None
         if self.mixer is not None:
             images, mixing = self.mixer(images, rng)
-        targets = self.task.targets(
-            inputs.labels, mixing, self.smoothing, self.weights_at(progress)
-        )
+        targets = self.targets(inputs.labels, mixing, progress)
         start = self.model.embed(images)  # pyright: ignore[reportCallIssue]
         student, logits = classified(self.model, start, list(reducers_of(self.model)))
         teacher, others = classified(self.model, start, self.teachers(rng))

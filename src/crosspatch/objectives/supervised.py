@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning from labels: the task's loss with label smoothing, batch mixing and class weights."""
+"""Learning from labels: the task's loss with label smoothing, batch mixing and class weights.
+
+Where a mixing's label follows the attention (`Mixing.rule`), the pass that gives the logits gives
+the class token's attention too; with several class tokens (CrossViT) the share of attention is the
+mean over them.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosspatch.errors import UsageError
-from crosspatch.mixing import Mixing, OneOf, draws
+from crosspatch.mixing import AREA, PROGRESSIVE, Mixing, OneOf, draws
+from crosspatch.mixing.mixpro import attention_share, progressive
+from crosspatch.mixing.transmix import halfway
+from crosspatch.models.class_row import ClassRow, logits_and_class_rows
 from crosspatch.objectives import Given, Inputs
 from crosspatch.tasks.classify import Classify
 from crosspatch.tasks.multilabel import MultiLabel
+
+
+def mean_weight(weights: Tensor) -> Tensor:
+    """weights (B,) of the pictures of this process -> their mean over all processes, a scalar.
+
+    A loss that is divided by it is divided by the sum of the weights, not by the pictures.
+    """
+    total = torch.stack([weights.sum(), weights.new_tensor(float(len(weights)))])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return total[0] / total[1]
 
 
 class Supervised(nn.Module):
@@ -24,6 +45,13 @@ class Supervised(nn.Module):
     label of each class counts (K,), or nothing; deferred: from which part of the training on they
     do.
     """
+
+    weighted_mean = False
+    """Whether a loss with weights is divided by the sum of the weights in the batch, as torch's
+    cross-entropy does, and not by the number of pictures."""
+
+    reads_warp = False
+    """Whether `Inputs.warp` is asked for."""
 
     def __init__(
         self,
@@ -47,17 +75,44 @@ class Supervised(nn.Module):
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The loss of one batch: the mean over the global batch, in nats."""
-        images, targets, _ = self.mixed(inputs, progress)
-        loss = self.task.loss(self.model(images), targets).sum() * inputs.scale
+        logits, targets = self.answered(inputs, progress)
+        loss = self.task.loss(logits, targets).sum() * inputs.scale
         return {"loss": loss, "parts": {}}
+
+    def answered(self, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
+        """The model's logits (B, K) and the soft targets (B, K) of a batch after its mixing, by the
+        rule of that mixing."""
+        images, targets, mixing = self.mixed(inputs, progress)
+        if mixing is None or mixing.rule == AREA:
+            return self.model(images), targets
+        logits, rows = logits_and_class_rows(self.model, images)
+        soft = self.task.targets(inputs.labels, mixing, self.smoothing)
+        told = mixing._replace(lam=attended_lam(mixing, rows, soft, logits))
+        smoothing = 0.0 if mixing.rule == PROGRESSIVE else self.smoothing
+        return logits, self.targets(inputs.labels, told, progress, smoothing)
 
     def mixed(self, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor, Mixing | None]:
         """Images and soft targets (B, K) of a batch after its mixing, and what was mixed."""
-        images, mixing = inputs.images, None
-        if self.mixer is not None:
-            images, mixing = self.mixer(images, draws(*inputs.draw))
+        images, mixing = self.mix(inputs)
+        return images, self.targets(inputs.labels, mixing, progress), mixing
+
+    def mix(self, inputs: Inputs) -> tuple[Tensor, Mixing | None]:
+        """Images of a batch after its mixing, and what was mixed."""
+        if self.mixer is None:
+            return inputs.images, None
+        return self.mixer(inputs.images, draws(*inputs.draw))
+
+    def targets(
+        self, labels: Tensor, mixing: Mixing | None, progress: float, smoothing: float | None = None
+    ) -> Tensor:
+        """What the task's loss takes for these labels: smoothed, mixed, weighted (B, K); smoothing:
+        another than the objective's own."""
         weights = self.weights_at(progress)
-        return images, self.task.targets(inputs.labels, mixing, self.smoothing, weights), mixing
+        smoothing = self.smoothing if smoothing is None else smoothing
+        targets = self.task.targets(labels, mixing, smoothing, weights)
+        if weights is None or not self.weighted_mean:
+            return targets
+        return targets / mean_weight(targets.sum(dim=1))  # a row sums to its picture's weight
 
     def weights_at(self, progress: float) -> Tensor | None:
         """How often a label of each class counts (K,), at this part of the training."""
@@ -87,8 +142,32 @@ class Supervised(nn.Module):
     def averaged(self) -> nn.Module:
         return self.model
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is said of it beside the plan's reasons, in sentences."""
+        return []
+
     def no_decay(self) -> set[str]:
         """The names that the model's own `no_weight_decay` gives, as this module names them."""
         if not hasattr(self.model, "no_weight_decay"):
             return set()
         return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+
+def attended_lam(mixing: Mixing, rows: Sequence[ClassRow], soft: Tensor, logits: Tensor) -> Tensor:
+    """How often the own label of each mixed image counts, (B,), by a rule that asks the attention.
+
+    rows: of `logits_and_class_rows`; soft: the labels mixed by area (B, K); logits: (B, K).
+    """
+    mask, mode = mixing.mask, "area" if mixing.rule == PROGRESSIVE else "nearest"
+    if mask is None:
+        raise ValueError(f"a mixing without a mask cannot follow the rule {mixing.rule!r}")
+    shares = []
+    for row in rows:
+        seen = mask[:, :, : row.extent[0], : row.extent[1]]
+        kept = F.interpolate(seen, row.grid, mode=mode).flatten(1)
+        shares.append(attention_share(row.attention, kept))
+    share = torch.stack(shares).mean(dim=0)
+    if mixing.rule == PROGRESSIVE:
+        return progressive(mixing.lam, share, soft, logits)
+    return halfway(mixing.lam, share)

@@ -7,6 +7,12 @@ Where n is far below 1 / (1 - b) this is the inverse frequency; beyond it furthe
 count. The authors let the weights sum to the number of classes; here their mean over the training
 pictures is 1, so that the loss, and with it the rate, keeps its scale.
 
+`effective` and `drw` are the weights as the authors have them: b = 0.9999, K weights that sum to K,
+and the loss of a batch divided by the sum of its weights (torch's weighted mean), so that here too
+the loss keeps its scale. Deferred re-weighting, `drw` (Cao et al. 2019, arXiv 1906.07413, algorithm
+1), has all pictures alike first and these weights from `DEFERRED` of the run on: what the rare
+classes have to say is learnt without being learnt by heart.
+
 The sampler shows every class equally often (`data.loading.balanced_order`). A rare class gets a
 steady place in each batch, where a weight would be a rare and strong push; the price is that its
 pictures are seen many times over.
@@ -25,9 +31,14 @@ from dataclasses import replace
 import numpy as np
 
 from crosspatch.errors import UsageError
-from crosspatch.training.recipe import Recipe
+from crosspatch.training.recipe import EFFECTIVES, Recipe
 
 BETA = 0.999
+EFFECTIVE_BETA = 0.9999
+DEFERRED = 0.8
+"""From which part of a run on `drw` weighs: epoch 160 of the authors' 200."""
+COMES_WITH = {"ldam": "drw", "deit-lt": "drw", "logit-adjust": "none"}
+"""What `auto` is for an objective that is made for uneven classes."""
 UNEVEN = 10.0
 """`auto` acts when the largest class has so many times the pictures of the smallest."""
 HEAVIEST = 10.0
@@ -43,6 +54,17 @@ def class_weights(counts: np.ndarray) -> tuple[float, ...]:
     weights = (1 - BETA) / -np.expm1(counts * np.log(BETA))
     weights *= counts.sum() / (counts * weights).sum()
     return tuple(float(f"{weight:.6g}") for weight in weights)
+
+
+def effective_weights(counts: np.ndarray, beta: float = EFFECTIVE_BETA) -> tuple[float, ...]:
+    """counts: (K,) training pictures, each at least 1 -> K weights that sum to K, to nine
+    digits. Raises ValueError for other counts and for a beta outside of [0, 1)."""
+    counts = np.asarray(counts, np.float64)
+    if not len(counts) or counts.min() < 1 or not 0 <= beta < 1:
+        raise ValueError(f"counts of at least 1 and beta in [0, 1), got {counts} and {beta}")
+    weights = (1 - beta) / (-np.expm1(counts * np.log(beta)) if beta else np.ones_like(counts))
+    weights *= len(counts) / weights.sum()
+    return tuple(float(f"{weight:.9g}") for weight in weights)
 
 
 def label_weights(counts: np.ndarray) -> tuple[float, ...]:
@@ -68,27 +90,47 @@ def resolve_balance(
                 "leave --balance away, or take another --recipe",
             )
         return replace(recipe, balance="none")
-    several = recipe.task == "multilabel"
-    mode, weights, why = choose_balance(recipe.balance, counts, classes, recipe.batch, several)
+    several, asked = recipe.task == "multilabel", recipe.balance
+    if asked == "auto" and not several and recipe.objective in COMES_WITH:
+        asked = COMES_WITH[recipe.objective]
+    if asked == "sampler" and recipe.objective == "logit-adjust":
+        raise UsageError(
+            "--balance sampler with the objective logit-adjust",
+            "pictures as often as they are: the objective takes out how uneven they are",
+            "leave --balance away, or take another --objective",
+        )
+    mode, weights, why = choose_balance(asked, counts, classes, recipe.batch, several)
+    deferred = 0.0
+    if mode == "drw":
+        deferred = recipe.deferred or DEFERRED
+        why.append(f"All pictures count alike for {deferred:.0%} of the run; then rare classes "
+                   "weigh more.")  # fmt: skip
     reasons += why
-    return replace(recipe, balance=mode, class_weights=weights)
+    return replace(recipe, balance=mode, class_weights=weights, deferred=deferred)
 
 
 def choose_balance(
     asked: str, counts: np.ndarray, classes: Sequence[str], batch: int, several: bool = False
 ) -> tuple[str, tuple[float, ...], list[str]]:
-    """("none", "weights" or "sampler", the weights of the loss, reasons).
+    """(one of `BALANCES` but "auto", the weights of the loss, reasons).
 
-    asked: one of these or "auto"; counts: (K,) training pictures; batch: pictures per step;
-    several: whether a picture may have several classes, which takes no sampler (UsageError).
+    asked: one of them; counts: (K,) training pictures; batch: pictures per step; several: whether a
+    picture may have several classes. Raises UsageError for what that does not take, and for weights
+    of a class without a picture.
     """
-    if several and asked == "sampler":
+    if several and asked in ("sampler", *EFFECTIVES):
         raise UsageError(
-            "--balance sampler for pictures with several labels",
-            "weights: a picture that is shown more often brings all its classes along",
+            f"--balance {asked} for pictures with several labels",
+            "weights: of several classes only the presence of each can be weighed",
             "--balance weights, or leave it away",
         )
-    weigh = label_weights if several else class_weights
+    if asked in EFFECTIVES and not counts.all():
+        rare = classes[int(counts.argmin())]
+        raise UsageError(
+            f"{rare}: a tail class without a training picture",
+            f"at least one of each class for --balance {asked}",
+            f"add pictures of {rare}, remove the class, or leave --balance away",
+        )
     least, most = int(counts.argmin()), int(counts.argmax())
     ratio = counts[most] / max(1, counts[least])
     told = f"{classes[most]} has {ratio:.3g} times the training pictures of {classes[least]}"
@@ -106,4 +148,6 @@ def choose_balance(
             f"--balance sampler: {told}, and a batch would hold {seen:.2g} of the latter: "
             "each class comes equally often."
         ]
-    return mode, weigh(counts) if mode == "weights" else (), reasons
+    plain = label_weights if several else class_weights
+    weigh = {"weights": plain, **dict.fromkeys(EFFECTIVES, effective_weights)}.get(mode)
+    return mode, weigh(counts) if weigh else (), reasons

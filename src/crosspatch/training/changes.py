@@ -22,7 +22,8 @@ CHANGEABLE = frozenset(
     (
         "batch", "steps", "steps_per_epoch", "stages", "lr", "min_lr", "warmup", "weight_decay",
         "smoothing", "clip", "mix", "mix_prob", "mix_alpha", "augment", "precision", "compile",
-        "workers", "threads", "linear", "balance", "class_weights", "eval_batch", "time_budget",
+        "workers", "threads", "linear", "balance", "class_weights", "deferred", "class_counts",
+        "eval_batch", "time_budget",
     )
 )  # fmt: skip
 """Fields of `Recipe` that may change while a run is under way."""

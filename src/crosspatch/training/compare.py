@@ -29,7 +29,7 @@ from crosspatch.training.compare_report import write_compared
 from crosspatch.training.compared import Compared, read_compared
 from crosspatch.training.guard import NotFinite
 from crosspatch.training.measure import settle_length
-from crosspatch.training.objective import make_objective
+from crosspatch.training.objective import SUPERVISED, make_objective
 from crosspatch.training.pictures import open_source, sharing
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent
@@ -38,6 +38,7 @@ from crosspatch.training.run import RunFolder
 from crosspatch.training.session import train_run
 from crosspatch.training.start import planned
 from crosspatch.training.state import TEMPORARY, flush_file, flush_folder
+from crosspatch.training.taught import learns_first
 
 PLAN = "compare.json"
 SCHEMA = 1
@@ -265,10 +266,8 @@ def _tried(
                 "pictures for a test split, on which candidates are compared",
                 "add pictures, about 20 for each class at least",
             )
-        if recipe.objective == "deit-lt" and not recipe.teacher:  # its teacher is trained first
-            plain = replace(recipe, objective="supervised", objective_args={})
-            settled, seconds = settle_length(plain, pictures, given, reasons, time.perf_counter())
-            return settled, 2 * seconds
+        if learns_first(recipe) and not recipe.teacher:  # which only its run will train
+            recipe = replace(recipe, objective=SUPERVISED, objective_args={})
         if build:
             make_objective(recipe, source.classes)
         return settle_length(recipe, pictures, given, reasons, time.perf_counter())

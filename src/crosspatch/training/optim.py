@@ -19,6 +19,7 @@ from crosspatch.models.registry import classifiers
 
 FUSED = "adamw-fused"
 FOREACH = "adamw-foreach"
+SGD = "sgd"
 WARMUP_FROM = 1e-6  # DeiT's rate at the start of the warm-up
 AGAIN = 0.5  # of the peak rate, in a stage that was added to a run that had ended
 EMA_START = 10  # the average follows faster at first: decay <= (1 + t) / (EMA_START + t)
@@ -129,12 +130,13 @@ def make_optimiser(
     betas: tuple[float, float],
     kind: str = FUSED,
     scales: Mapping[str, float] | None = None,
-) -> torch.optim.AdamW:
-    """AdamW over `module`'s parameters. Each group carries its parameters' names ("names") and,
-    with `scales` by name, what its rate is multiplied with ("scale").
+) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum, over `module`'s parameters. Each group carries its parameters'
+    names ("names") and, with `scales` by name, what its rate is multiplied with ("scale").
 
     kind: `FUSED` is 2 to 3 times faster on a CPU than `FOREACH`; their bits differ, so the choice
-    is part of the run. The loss scaling of fp16 needs `FOREACH`.
+    is part of the run. The loss scaling of fp16 needs `FOREACH`. `SGD` has the first of `betas` as
+    its momentum.
     """
     decayed, undecayed = split_decay(module, no_decay)
     groups = [
@@ -142,6 +144,8 @@ def make_optimiser(
         for part, decay in ((decayed, weight_decay), (undecayed, 0.0))
         for scale, some in _by_scale(part, scales or {})
     ]
+    if kind == SGD:
+        return torch.optim.SGD(groups, lr=lr, momentum=betas[0], foreach=True)
     how = {"fused": True} if kind == FUSED else {"foreach": True}
     return torch.optim.AdamW(groups, lr=lr, betas=betas, **how)
 

@@ -23,9 +23,17 @@ from crosspatch.tokens import spec
 from crosspatch.tokens.reduce import check_options
 from crosspatch.training.machine import Machine
 from crosspatch.training.mix import resolve_mix
-from crosspatch.training.objective import SUPERVISED, resolve_objective
+from crosspatch.training.objective import (
+    AUTO,
+    OWN_RECIPES,
+    SUPERVISED,
+    UNMIXED,
+    parse_objective,
+    resolve_objective,
+)
+from crosspatch.training.optim import SGD
 from crosspatch.training.recipe import Recipe
-from crosspatch.training.recipes import load_recipe
+from crosspatch.training.recipes import cnn, load_recipe
 from crosspatch.training.weights import NONE, Found
 
 TYPED = (
@@ -64,6 +72,12 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("batch", "epochs", "time", "lr"):
         if key in given and not given[key] > 0:
             raise UsageError(f"--{key} {given[key]}", "a number above 0", f"change --{key}")
+    if "sam" in given and not 0 < given["sam"] < math.inf:
+        raise UsageError(
+            f"--sam {given['sam']}",
+            "a radius above 0, such as 0.05",
+            "change --sam, or leave it away",
+        )
     if "time" in given and ("epochs" in given or "steps" in given):
         raise UsageError(
             "both --time and --epochs", "one of them", "leave one away: either sets the length"
@@ -81,6 +95,30 @@ def check_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     # the reduction may be that of the weights
     resolve_objective({"reduce": given.get("objective", ""), **given})
     return given
+
+
+def objective_name(given: Mapping[str, Any]) -> str:
+    """The objective that was typed, without its options."""
+    return parse_objective(given.get("objective", AUTO))[0]
+
+
+def recipe_name(given: Mapping[str, Any]) -> str:
+    """The recipe that was typed, else that of the objective, else `small`."""
+    return given.get("recipe") or OWN_RECIPES.get(objective_name(given), "small")
+
+
+def _balance(given: Mapping[str, Any]) -> str:
+    """`--balance`. Raises UsageError beside an objective that weighs classes itself."""
+    asked, name = given.get("balance", "auto"), objective_name(given)
+    if name != "deit-lt":
+        return asked
+    if asked not in ("auto", "none"):
+        raise UsageError(
+            f"--balance {asked} with the objective {name}",
+            f"{name} weighs rare classes itself, from a part of the run on: drw=0.9",
+            "leave --balance away",
+        )
+    return "none"
 
 
 def further_sizes(asked: str | Sequence[Any]) -> tuple[tuple[int, int], ...]:
@@ -105,14 +143,14 @@ def plan(
     Raises UsageError for overrides that are unknown or impossible.
     """
     given = check_overrides(overrides or {})
-    source = load_recipe(given.get("recipe", "small"))
+    source = load_recipe(recipe_name(given))
     _check_refused(source, given)
     reasons: list[str] = []
     shape = _shape_with(found, source, survey, n_train, machine, given, reasons)
     work = _work(source, n_train, machine, given, reasons)
     augment = {"flip": given.get("flip", True), **source.AUGMENT}
     recipe = Recipe(
-        name=given.get("recipe", "small"),
+        name=recipe_name(given),
         **{"mean": source.MEAN, "std": source.STD, "reduce": given.get("reduce", ""), **shape},
         **work,
         weights=found.record if found else {},
@@ -129,12 +167,19 @@ def plan(
         workers=given.get("workers", 0),
         threads=machine.cores,
         linear=given.get("linear", "auto"),
-        balance=given.get("balance", "auto"),
+        balance=_balance(given),
         time_budget=given.get("time"),
     )
     reasons.extend(source.REASONS)
     recipe = replace(recipe, **_learnt(recipe, given))
     recipe = with_steps(recipe, recipe.steps, given)
+    if recipe.sam:
+        reasons.append(
+            f"Sharpness-aware steps of radius {recipe.sam:g}: two passes each, so they take about "
+            "twice as long."
+        )
+    if recipe.objective in UNMIXED:
+        reasons.append(f"Pictures are not mixed: {recipe.objective} mixes patches, if anything.")
     return recipe, reasons
 
 
@@ -160,6 +205,7 @@ def _constants(source: Any) -> dict[str, Any]:
     return {
         "weight_decay": source.WEIGHT_DECAY,
         "betas": source.BETAS,
+        "optimiser": source.OPTIMISER,
         "schedule": source.SCHEDULE,
         "decay": source.DECAY,
         "repeats": source.REPEATS,
@@ -172,7 +218,7 @@ def _constants(source: Any) -> dict[str, Any]:
 
 def _check_refused(source: Any, given: Mapping[str, Any]) -> None:
     """Raises UsageError for a setting that has no meaning in a recipe."""
-    name = given.get("recipe", "small")
+    name = recipe_name(given)
     unset = (None, False)  # `flip` is turned off for digits, which refuses nothing
     refused = [key for key in source.REFUSES if given.get(key) not in unset]
     if refused:
@@ -240,6 +286,8 @@ def with_steps(recipe: Recipe, steps: int, overrides: Mapping[str, Any] | None =
     freeze = round(source.FREEZE * steps) if recipe.weights else 0
     how = {"steps": steps, "warmup": round(warmup), "freeze": freeze, "augment": augment}
     changed = replace(recipe, **how, **length)
+    if recipe.objective in UNMIXED:
+        changed = replace(changed, mix=(), mix_prob=(), mix_alpha=())
     return _apply(changed, given)
 
 
@@ -267,7 +315,9 @@ def _shape(
 ) -> dict[str, Any]:
     """model, size, store and fit."""
     gpu, side = machine.device == "cuda", survey.median_side
-    model, pixels = source.preset(side, n_train, gpu)
+    # what an objective learns may need a network of another kind than its recipe takes
+    own = OWN_RECIPES.get(objective_name(given))
+    model, pixels = (load_recipe(own) if own else source).preset(side, n_train, gpu)
     if "model" in given:
         model = given["model"]
         pixels = _native_size(model, pixels)
@@ -308,7 +358,8 @@ def _work(
         return work
     why = "as asked" if "batch" in given else f"{per_epoch:,} steps an epoch"
     peak = "" if source.RANGE and "lr" not in given else f" with a peak rate of {lr:.2g}"
-    reasons.append(f"Batches of {batch} ({why}), AdamW{peak}.")
+    kind = "SGD" if source.OPTIMISER == SGD else "AdamW"
+    reasons.append(f"Batches of {batch} ({why}), {kind}{peak}.")
     if "time" not in given:
         asked = "as asked" if "epochs" in given else "enough for a set of this size"
         reasons.append(f"{epochs:g} epoch{'' if epochs == 1 else 's'}, {asked}.")
@@ -327,6 +378,8 @@ def describe_augment(recipe: Recipe) -> str:
 
 def _native_size(model: str, fallback: int) -> int:
     """The input size that a model's name ends with (…_224); SIZE_UNKNOWN if it has none."""
+    if model.endswith("_cifar"):
+        return min(fallback, cnn.SMALL_SIDE)
     found = re.search(r"_(\d{2,4})(?:\.|$)", model)
     if not found:
         return SIZE_UNKNOWN

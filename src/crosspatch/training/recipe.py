@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,9 +16,14 @@ from crosspatch.tasks import TASKS
 from crosspatch.tokens.spec import parse
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-MIXERS = ("mixup", "cutmix", "mixup-batch", "cutmix-batch")
+MIXERS = (
+    "mixup", "cutmix", "mixup-batch", "cutmix-batch", "resizemix", "resizemix-beta", "maskmix",
+    "mixpro", "transmix",
+)  # fmt: skip
 SCHEDULES = ("cosine", "epochs")
-BALANCES = ("none", "weights", "effective", "drw", "sampler", "auto")
+EFFECTIVES = ("effective", "drw")
+BALANCES = ("none", "weights", *EFFECTIVES, "sampler", "auto")
+OPTIMISERS = ("adamw-fused", "adamw-foreach", "sgd")
 Pair = tuple[float, float]
 
 
@@ -127,7 +133,7 @@ class Recipe:
         _check(isinstance(self.weights, dict), "weights", self.weights, "a table: kind, path, …")
         _check(self.freeze >= 0, "freeze", self.freeze, "0 or more")
         _check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")
-        _check(self.sam >= 0, "sam", self.sam, "0 or more")
+        _check(0 <= self.sam < math.inf, "sam", self.sam, "0 or more")
         _check(0 <= self.deferred <= 1, "deferred", self.deferred, "in [0, 1]")
         _check(self.workers >= 0, "workers", self.workers, "0 or more")
         _check(self.task in TASKS, "task", self.task, f"one of {', '.join(TASKS)}")
@@ -138,6 +144,8 @@ class Recipe:
         _check(self.precision in PRECISIONS, "precision", self.precision, "one of fp32, bf16, fp16")
         schedules = f"one of {', '.join(SCHEDULES)}"
         _check(self.schedule in SCHEDULES, "schedule", self.schedule, schedules)
+        kinds = f"one of {', '.join(OPTIMISERS)}"
+        _check(self.optimiser in OPTIMISERS, "optimiser", self.optimiser, kinds)
         halved = self.precision == "fp16" and self.device == "cpu"
         _check(not halved, "precision", "fp16 on a CPU", "fp32 or bf16 there")
         unknown = sorted(set(self.mix) - set(MIXERS))

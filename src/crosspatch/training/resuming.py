@@ -56,7 +56,7 @@ def begun_reading(out: Path, asked: dict[str, Any], whole: bool) -> dict[str, An
     Raises UsageError where something else is asked, or, with `whole`, something is missing.
     """
     begun = RunFolder(out).read_config().get("reading", {})
-    changed = _listed(asked, begun, whole)
+    changed = differing(asked, begun, whole)
     if changed:
         raise UsageError(
             f"the run in {out} was begun with its data read otherwise: {', '.join(changed)}",
@@ -72,7 +72,7 @@ def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(given)))
 
 
-def _listed(given: Mapping[str, Any], begun: Mapping[str, Any], whole: bool) -> list[str]:
+def differing(given: Mapping[str, Any], begun: Mapping[str, Any], whole: bool) -> list[str]:
     """`--epochs 9 (was 3)` for every setting that differs; with `whole`, `no --epochs (was 3)`."""
     now = _plain(given)
     changed = [
@@ -95,7 +95,7 @@ def continue_run(
     config, longer = _lengthened(run, run.read_config(), asked.given)
     begun = config.get("asked", {})
     given = with_defaults(source, asked.given) if asked.whole else asked.given
-    settings = _listed(given, begun, asked.whole and not asked.force)
+    settings = differing(given, begun, asked.whole and not asked.force)
     fingerprint = source.fingerprint()
     moved = fingerprint != config["run"]["fingerprint"]
     files = changed_pictures(run.path, source) if moved else []
@@ -144,7 +144,7 @@ def _differs(
 
 def _changeable(key: str, given: Mapping[str, Any], run: RunFolder) -> bool:
     begun = run.read_config().get("asked", {})
-    if not _listed({key: given[key]}, begun, False):
+    if not differing({key: given[key]}, begun, False):
         return True
     try:
         require_changeable([key])
@@ -234,6 +234,7 @@ def _changed_recipe(
     if "linear" in given:
         changed = resolve_products(changed)
     counts, classes = pictures.counts(), pictures.source.classes
+    changed = replace(changed, class_counts=tuple(counts.tolist()))
     return resolve_balance(changed, counts, classes, reasons)
 
 

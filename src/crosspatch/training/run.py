@@ -24,6 +24,7 @@ METRIC_COLUMNS: tuple[str, ...] = (
 OURS = (
     "config.toml", "classes.txt", "split.csv", "skipped.csv", "metrics.csv", "predictions.csv",
     "report.json", "nan.csv", "model", "last", ".lock", "client.py",
+    "teacher", "waiting.toml",
     *(f"bundle{kind}{end}"
       for kind in ("", "-int8", "-int8-static") for end in (".onnx", ".xml", ".bin", ".pt2")),
 )  # fmt: skip
@@ -56,7 +57,7 @@ class RunFolder:
             raise UsageError(
                 "both --resume and --overwrite", "one of them", "leave one of the two away"
             )
-        exists = run.config_path.is_file()
+        exists = run.config_path.is_file() or run.waiting
         run._refuse(exists, overwrite, resume)
         run._make()
         run._take_lock()
@@ -175,7 +176,30 @@ class RunFolder:
     @property
     def unfinished(self) -> bool:
         """Whether the folder holds a run that was begun and has not ended."""
-        return self.config_path.is_file() and not self.report_path.is_file()
+        return self.waiting or (self.config_path.is_file() and not self.report_path.is_file())
+
+    @property
+    def waiting_path(self) -> Path:
+        return self.path / "waiting.toml"
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the folder holds a run that waits for its teacher to be trained."""
+        return self.waiting_path.is_file() and not self.config_path.is_file()
+
+    @property
+    def teacher(self) -> Path:
+        return self.path / "teacher"
+
+    def write_waiting(self, asked: dict[str, Any]) -> None:
+        """waiting.toml: what was asked of a run whose teacher is trained first."""
+        import tomli_w
+
+        self._replace("waiting.toml", tomli_w.dumps(asked))
+
+    def read_waiting(self) -> dict[str, Any]:
+        """What `write_waiting` wrote. Raises DataError naming the file when it is damaged."""
+        return _read_toml(self.waiting_path)
 
     @property
     def last(self) -> Path:
@@ -193,14 +217,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """What `write_config` wrote. Raises DataError naming the file when it is damaged."""
-        try:
-            return tomllib.loads(self.config_path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{self.config_path} cannot be read ({error})",
-                "the settings of a run",
-                "train anew with --overwrite",
-            ) from error
+        return _read_toml(self.config_path)
 
     def write_classes(self, classes: Sequence[str]) -> None:
         """classes.txt: one name per line, in label order."""
@@ -249,6 +266,17 @@ class RunFolder:
         flush_file(draft)
         os.replace(draft, self.path / name)
         flush_folder(self.path)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error})",
+            "the settings of a run",
+            "train anew with --overwrite",
+        ) from error
 
 
 _locked: weakref.WeakSet[RunFolder] = weakref.WeakSet()

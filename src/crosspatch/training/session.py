@@ -25,6 +25,7 @@ from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.resuming import Asked, begun_reading, continue_run
 from crosspatch.training.run import RunFolder
 from crosspatch.training.start import require_alike, start_run, versions_of
+from crosspatch.training.taught import Course, Lesson, waited
 from crosspatch.training.warmstart import saved_model
 
 VERSIONED = ("torch", "numpy", "timm", "lightning-fabric", "safetensors", "pillow")
@@ -78,7 +79,9 @@ def _train(
     reporter: Reporter,
     reading: dict[str, Any],
     began: float,
+    split: Split | None = None,
 ) -> dict[str, Any]:
+    """A training in the team; split: that of a student, for its teacher."""
     out, resume, overwrite, force = wish
     begun = team.share(resume or (RunFolder(out).unfinished and not overwrite))
     if force and not begun:
@@ -86,14 +89,19 @@ def _train(
     if begun and team.share(RunFolder(out).config_path.is_file()):
         was = begun_reading(out, reading, whole=not resume) if team.first() else None
         reading = team.share(was)
+    waiting = begun and team.share(RunFolder(out).waiting)
+    if waiting:
+        given, reading = team.share(waited(out, given, reading, whole=not resume))
     source = open_source(source_spec, **reading)
     with _folder(out, overwrite=overwrite, resume=begun) as run:
+        begun = begun and not waiting
         if begun:
             asked = Asked(given, whole=not resume, force=force)
             recipe, pictures, config = _continue(run, source, asked, reporter)
         else:
+            course = Course(_lesson(source_spec, reading), run, reporter, began, split)
             recipe, pictures, config = start_run(
-                run, source, source_spec, reading, given, reporter, began
+                run, source, source_spec, reading, given, reporter, course
             )
         model = saved_model(run, recipe, len(source.classes)) if begun else None
         objective = make_objective(recipe, source.classes, model)
@@ -106,6 +114,18 @@ def _train(
         summary = finish(run, recipe, pictures, config, outcome, reporter)
     reporter.done(summary)
     return summary
+
+
+def _lesson(source_spec: str | Path, reading: dict[str, Any]) -> Lesson:
+    """What trains a teacher on the same pictures, or goes on with one."""
+
+    def train(out: Path, settings: dict[str, Any], reporter: Reporter, split: Split) -> None:
+        resume = team.share(RunFolder(out).unfinished)
+        wish = _Wish(out, resume, overwrite=False, force=False)
+        given = {} if resume else plans.check_overrides(settings)
+        _train(source_spec, wish, given, reporter, dict(reading), time.perf_counter(), split)
+
+    return train
 
 
 def _folder(out: Path, *, overwrite: bool, resume: bool) -> RunFolder:

@@ -20,13 +20,17 @@ from crosspatch.training import plan as plans
 from crosspatch.training import team
 from crosspatch.training.balance import resolve_balance
 from crosspatch.training.measure import resolve_products, settle_length
+from crosspatch.training.mix import require_mixable
+from crosspatch.training.objective import make_objective
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
 from crosspatch.training.reporter import Reporter
 from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
+from crosspatch.training.taught import Course, learns_first, require_teachable
 from crosspatch.training.teacher import find_teacher, refuse_taught
+from crosspatch.training.token_labels import find_labels, refuse_labels
 from crosspatch.training.warmstart import plan_with_weights
 from crosspatch.versions import installed
 
@@ -40,16 +44,18 @@ def start_run(
     reading: dict[str, Any],
     given: dict[str, Any],
     reporter: Reporter,
-    began: float,
+    course: Course,
 ) -> tuple[Recipe, Pictures, dict[str, Any]]:
     """(recipe, pictures, config) of a new run; the folder has what it needs before the first step.
 
     spec, reading: the data as they were named, and how they are read; given: the settings typed;
-    began: when the command did, by `time.perf_counter`. Raises UsageError and DataError.
+    course: when the command began, and the teacher that may have to be trained first. Raises
+    UsageError and DataError.
     """
+    course.asked = {"data": str(spec), "reading": reading, "asked": given}
     given, machine = with_defaults(source, given), machines.look()
-    recipe, pictures, reasons = planned(source, given, machine, reporter)
-    recipe, estimate = settle_length(recipe, pictures, given, reasons, began)
+    recipe, pictures, reasons = planned(source, given, machine, reporter, course)
+    recipe, estimate = settle_length(recipe, pictures, given, reasons, course.began)
     recipe = Recipe.from_dict(team.share(recipe.to_dict()))
     if not recipe.penalties:
         reasons.append(plans.describe_augment(recipe))
@@ -74,33 +80,48 @@ def start_run(
         write_split(run.path / "split.csv", source, pictures.split)
         write_skipped(run.path / "skipped.csv", pictures.prepared.skipped)
         run.write_config(config)
+        run.waiting_path.unlink(missing_ok=True)
     return recipe, pictures, config
 
 
 def planned(
-    source: Source, given: dict[str, Any], machine: machines.Machine, reporter: Reporter
+    source: Source,
+    given: dict[str, Any],
+    machine: machines.Machine,
+    reporter: Reporter,
+    course: Course | None = None,
 ) -> tuple[Recipe, Pictures, list[str]]:
     """(recipe but for its length, pictures, reasons). What is planned for the pictures that are
     there decides how they are decoded; those that can be read, what is trained. Nothing is
-    written. Raises UsageError and DataError for what cannot be."""
+    written; without a `course` no teacher is trained. Raises UsageError and DataError for what
+    cannot be."""
     seed, look = given.get("split_seed", given.get("seed", 0)), survey(source)
     guess = make_split(source, seed=seed)
     shape = (look, len(guess.train), len(source.classes), machine)
     teacher = find_teacher(given["teacher"]) if given.get("teacher") else {}
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
+    require_teachable(first, source)
+    _require_taught(first, teacher, source)
+    task = "multilabel" if source.multi else "classify"
+    require_mixable(first, len(source.classes), task)
+    labels = find_labels(given.get("labels"), source, first)
     prepared = read_pictures(source, first, reporter)
-    split = make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
+    told = course.split if course else None
+    split = told or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
     require_alike(pictures)
+    if course and not teacher and learns_first(first):
+        teacher = course.teach(given, first, look.median_side, pictures)
     refuse_taught(teacher, pictures)
+    refuse_labels(labels, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
     recipe, reasons = beginning.plan(shape, pictures)
     kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
-    task = "multilabel" if source.multi else "classify"
     recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
     recipe = replace(recipe, teacher=teacher, class_counts=tuple(pictures.counts().tolist()))
+    recipe = replace(recipe, labels=labels)
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     if load_recipe(recipe.name).RANGE and "lr" not in given:
@@ -116,6 +137,22 @@ def _require_able(recipe: Recipe) -> None:
             "one process: a linear probe takes seconds",
             "leave --devices away",
         )
+
+
+def _require_taught(recipe: Recipe, teacher: dict[str, str], source: Source) -> None:
+    """Raises what `make_objective` does for a teacher that cannot teach, before a picture is
+    read."""
+    if teacher and recipe.penalties:
+        raise UsageError(
+            f"--teacher with --recipe {recipe.name}",
+            "a recipe that trains a network; a linear probe fits a head to labels",
+            "leave --teacher away, or take --recipe finetune",
+        )
+    if teacher:
+        task = "multilabel" if source.multi else "classify"
+        counts = (1,) * len(source.classes)
+        asked = replace(recipe, teacher=teacher, task=task, class_counts=counts, weights={})
+        make_objective(asked, source.classes)
 
 
 def require_alike(pictures: Pictures) -> None:

@@ -12,13 +12,14 @@ import inspect
 import logging
 import math
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crosspatch.data.augment import augment
+from crosspatch.data.augment import augment, placement
 from crosspatch.data.loading import Batch
 from crosspatch.errors import UsageError
 from crosspatch.layers import linear
@@ -28,6 +29,7 @@ from crosspatch.training import launch, team
 from crosspatch.training.guard import Cut, NotFinite, Watch, factor, spoilt
 from crosspatch.training.optim import (
     FOREACH,
+    SGD,
     Ema,
     HeadFirst,
     epoch_rate,
@@ -37,6 +39,7 @@ from crosspatch.training.optim import (
     staged_rate,
 )
 from crosspatch.training.recipe import Recipe
+from crosspatch.training.sam import sharpness_aware
 
 FABRIC_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -128,7 +131,7 @@ class Stepper:
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             betas=recipe.betas,
-            kind=FOREACH if recipe.precision == "fp16" else recipe.optimiser,
+            kind=FOREACH if _needs_foreach(recipe) else recipe.optimiser,
             scales=_scales(objective, recipe.layer_decay),
         )
         self.head_first = HeadFirst(objective.exported, recipe.freeze)
@@ -164,22 +167,21 @@ class Stepper:
         r, rank = self.recipe, self.fabric.global_rank
         seed_step(r.seed, step, rank, self.device)
         set_rate(self.optimiser, self.lr(step))
-        images = augment(
-            batch.images.to(self.device, non_blocking=True),
-            batch.positions,
-            epoch=epoch,
-            seed=r.seed,
-            config=r.augment,
-            preprocess=self.preprocess,
-        )
+        draws: Any = {"epoch": epoch, "seed": r.seed}
+        draws |= {"config": r.augment, "preprocess": self.preprocess}
+        stored = batch.images.to(self.device, non_blocking=True)
+        images, warp = augment(stored, batch.positions, **draws), None
+        if getattr(self.objective, "reads_warp", False):
+            warp = placement(batch.positions, **draws).to(self.device)
         labels = batch.labels.to(self.device, non_blocking=True)
         scale = self.fabric.world_size / batch.n_global
-        inputs = Inputs(images, labels, (r.seed, step, rank), scale, batch.index)
+        drawn = (r.seed, step, rank)
+        inputs = Inputs(images, labels, drawn, scale, batch.index, warp, items=batch.items)
         self.head_first.before(step)
-        loss = self._wrapped(inputs, step / r.steps)["loss"]
-        self.watch.note(step, "loss", loss, batch.index)
-        self.fabric.backward(loss)
-        self.head_first.after(step)
+        loss = self._backward(inputs, step, batch.index)
+        if r.sam > 0:
+            again = partial(self._backward, inputs, step, batch.index)
+            sharpness_aware(self.objective, r.sam, again)
         if r.clip > 0:
             norm = self.fabric.clip_gradients(
                 self._wrapped, self._driver, max_norm=r.clip, error_if_nonfinite=False
@@ -192,6 +194,18 @@ class Stepper:
             self.ema.update(step)
         self.loss_sum += team.mean(loss.detach())
         self.loss_count += 1
+
+    def _backward(self, inputs: Inputs, step: int, index: Tensor) -> Tensor:
+        """The loss of one pass, whose gradients lie in the parameters; index: its pictures. Each
+        pass of a sharpness-aware step draws the same."""
+        r, rank = self.recipe, self.fabric.global_rank
+        if r.sam > 0:
+            seed_step(r.seed, step, rank, self.device)
+        loss = self._wrapped(inputs, step / r.steps)["loss"]
+        self.watch.note(step, "loss", loss, index)
+        self.fabric.backward(loss)
+        self.head_first.after(step)
+        return loss
 
     def mean_loss(self, step: int) -> float:
         """Mean loss since `reset_loss`, in nats, after `step` steps (waits for the device).
@@ -283,6 +297,10 @@ class Stepper:
                     key: value.clone() if key in on_cpu else value.to(self.device, copy=True)
                     for key, value in found.get(name, {}).items()
                 }
+
+
+def _needs_foreach(recipe: Recipe) -> bool:
+    return recipe.precision == "fp16" and recipe.optimiser != SGD
 
 
 def _random_states() -> dict[str, Any]:

@@ -13,6 +13,8 @@ RECIPES = {
     "deit": "crosspatch.training.recipes.deit",
     "probe": "crosspatch.training.recipes.probe",
     "finetune": "crosspatch.training.recipes.finetune",
+    "cnn": "crosspatch.training.recipes.cnn",
+    "deit-lt": "crosspatch.training.recipes.deit_lt",
 }
 
 

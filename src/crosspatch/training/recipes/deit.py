@@ -57,6 +57,7 @@ EPOCHS_MOST = 1000  # the paper's longest training
 
 RATE, RATE_BATCH = 5e-4, 512  # peak rate at this batch; others in proportion
 RATE_LAST = 1e-5
+OPTIMISER = "adamw-fused"
 SCHEDULE = "epochs"
 WARMUP_MOST = 5  # epochs
 WARMUP = 0.2  # of the steps, in runs too short for those

@@ -46,6 +46,7 @@ EPOCHS_MOST = 200  # with --time
 
 RATE, RATE_BATCH = 1e-3, 128  # peak rate where the range test finds none
 RATE_LAST = 0.01  # of the peak
+OPTIMISER = "adamw-fused"
 SCHEDULE = "cosine"
 WEIGHT_DECAY = 0.05
 BETAS = (0.9, 0.99)

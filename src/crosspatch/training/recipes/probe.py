@@ -24,7 +24,9 @@ from crosspatch.training.recipes import small
 PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 """Times half the squared norm of the weights, beside the mean cross-entropy."""
 FREEZE, LAYER_DECAY, RANGE, WEIGHTS = 0.0, 1.0, None, "none"  # see finetune
-REFUSES = ("epochs", "steps", "time", "lr", "compile", "repeats", "mix", "augment", "flip")
+REFUSES = (
+    "epochs", "steps", "time", "lr", "compile", "repeats", "mix", "augment", "flip", "sam",
+)  # fmt: skip
 AUGMENT: dict[str, Any] = {"flip": False}
 
 MEAN, STD = small.MEAN, small.STD
@@ -39,6 +41,7 @@ EMA_HALF_LIFE = 0.0
 SMOOTHING = 0.0
 CLIP = 0.0
 REPEATS = 1
+OPTIMISER = "adamw-fused"
 SCHEDULE = "cosine"
 WARMUP, WARMUP_MOST = 0.0, 0
 REASONS = (

@@ -49,6 +49,7 @@ EPOCHS_MOST = 400  # with --time: a longer run seldom helps
 RATE, RATE_BATCH = 1.4e-3, 128  # peak rate at this batch; other batches by the square root
 RATE_LARGEST = 4e-3
 RATE_LAST = 0.01  # of the peak
+OPTIMISER = "adamw-fused"
 SCHEDULE = "cosine"
 WEIGHT_DECAY = 0.05
 BETAS = (0.9, 0.99)
