@@ -1,12 +1,14 @@
-"""`--objective deit-lt` in one command: a teacher first, then its student."""
+"""`--objective deit-lt` in one command: a teacher, then its student; stopped, resumed, refused."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
+import tomli_w
 
 from crosspatch.data.split import read_split
 from crosspatch.errors import DataError, Interrupted, UsageError
@@ -14,6 +16,7 @@ from crosspatch.training import session
 from crosspatch.training.package import load_model
 from crosspatch.training.run import RunFolder
 from crosspatch.training.taught import lesson_of
+from support.kills import in_step, killed
 from support.loops import Stop, halt, same
 from support.tiny import Stripes
 
@@ -24,7 +27,7 @@ SMALL = {"model": "deit_micro_distilled_32", "model_args": {"depth": 1, "embed_d
 class Uneven(Stripes):
     """Many of the first class, few of the last."""
 
-    def __init__(self, counts=(60, 24, 12)) -> None:
+    def __init__(self, counts=(120, 24, 8)) -> None:
         super().__init__(max(counts), len(counts))
         most = max(counts)
         kept = [c * most + i for c, n in enumerate(counts) for i in range(n)]
@@ -91,6 +94,11 @@ def test_one_command_trains_a_teacher_and_its_student(opened, tmp_path):
         assert np.array_equal(one, two)
     assert not (out / "waiting.toml").exists()
     assert load_model(out).module.head_dist is not None
+    for split in ("val", "test"):
+        heads = {one["name"]: one for one in summary[split]["heads"]}
+        assert list(heads) == ["class", "distillation", "mean"]
+        assert heads["mean"]["accuracy"] == summary[split]["accuracy"]
+        assert [g["name"] for g in heads["class"]["groups"]] == ["head", "middle", "tail"]
 
 
 @pytest.mark.parametrize(("role", "at"), [("teacher", 3), ("student", 3)])
@@ -107,6 +115,30 @@ def test_a_stopped_run_goes_on_with_the_right_one(opened, tmp_path, role, at):
     assert heard.steps[0] == (role, at + 1)
     for part in ("", "teacher"):
         same(RunFolder(whole / part), RunFolder(cut / part))
+
+
+@pytest.mark.long
+def test_a_killed_teacher_is_gone_on_with(opened, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    trained(whole)
+    assert killed(in_step(4, "after"), lambda: trained(cut))
+    assert RunFolder(cut).waiting
+    trained(cut, resume=True)
+    for part in ("", "teacher"):
+        same(RunFolder(whole / part), RunFolder(cut / part))
+
+
+def test_a_teacher_of_other_pictures_is_not_gone_on_with(opened, tmp_path):
+    with pytest.raises(Interrupted):
+        trained(tmp_path / "r", Listening("student", 1))
+    config = tmp_path / "r" / "config.toml"
+    (tmp_path / "r" / "waiting.toml").write_text(
+        tomli_w.dumps({"asked": {**GIVEN, **SMALL}, "reading": {}, "data": "stripes"})
+    )
+    config.unlink()
+    opened.items = tuple(replace(item, key=f"new/{item.key}") for item in opened.items)
+    with pytest.raises(DataError, match="was trained on other pictures"):
+        trained(tmp_path / "r", resume=True)
 
 
 def test_the_same_command_goes_on_and_another_one_is_refused(opened, tmp_path):
@@ -139,11 +171,14 @@ def test_a_teacher_of_other_classes_or_without_numbers_is_refused(opened, monkey
     own = {"objective": "supervised", "recipe": "cnn", "model": "resnet_micro_32", "size": 16}
     session.train_run("stripes", tmp_path / "t", {**GIVEN, **own, "epochs": 1})
     path = tmp_path / "t" / "model" / "model.safetensors"
-    spoilt = {name: value * float("nan") if name == "linear.weight" else value
-              for name, value in load_file(path).items()}  # fmt: skip
-    save_file(spoilt, path)
-    with pytest.raises(DataError, match="not finite"):
-        trained(tmp_path / "r", teacher=str(tmp_path / "t"))
+    whole = load_file(path)
+    for times, said in ((2e38, "answers with numbers"), (float("nan"), "holds weights")):
+        head = (whole["linear.weight"].sign() + 0.5) * times
+        save_file({**whole, "linear.weight": head}, path)
+        with pytest.raises(DataError, match=f"{said} that are not finite"):
+            trained(tmp_path / "r", teacher=str(tmp_path / "t"))
+        assert not (tmp_path / "r").exists()
+    save_file(whole, path)
     config = json.loads((tmp_path / "t" / "model" / "config.json").read_text())
     config["class_names"] = ["x", "y", "z"]
     (tmp_path / "t" / "model" / "config.json").write_text(json.dumps(config))

@@ -170,6 +170,7 @@ class Screen:
             self.worst_classes(summary[name])
             if "confusion" in summary[name]:
                 self.confused(summary[name])
+            self.heads(summary[name])
         self.line()
         self.line(f"trained in {words.duration(summary['seconds'])}, kept in {out}")
         self._files(summary.get("files") or {})
@@ -203,6 +204,16 @@ class Screen:
             f"  log-likelihood {words.number(-metrics['nll'])} per picture, "
             f"calibration error {words.percent(metrics['ece'])}"
         )
+
+    def heads(self, metrics: dict[str, Any]) -> None:
+        """What each head of a distilled network says by itself."""
+        found = metrics.get("heads") or ()
+        if found:
+            self.line("the heads, each by itself", "cyan")
+        for one in found:
+            groups = [f"{g['name']} {words.percent(g['accuracy'])}" for g in one.get("groups", ())]
+            told = f" ({', '.join(groups)})" if groups else ""
+            self.line(f"  {one['name']:12}  {words.percent(one['accuracy'])}{told}")
 
     def worst_classes(self, metrics: dict[str, Any], most: int = 3) -> None:
         """The classes found least often, or with the least average precision."""

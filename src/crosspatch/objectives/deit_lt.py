@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosspatch.errors import UsageError
-from crosspatch.mixing import OneOf, draws
+from crosspatch.mixing import OneOf
 from crosspatch.objectives import Given, Inputs
 from crosspatch.objectives.deit import soft_distillation
-from crosspatch.objectives.supervised import Supervised
+from crosspatch.objectives.supervised import Supervised, mean_weight
 from crosspatch.objectives.teacher import Teacher
 from crosspatch.tasks.classify import Classify
 from crosspatch.tasks.multilabel import MultiLabel
@@ -192,9 +192,7 @@ class DeitLT(Supervised):
 
     def blended(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Mixed images, and their smoothed and mixed targets (B, K)."""
-        images, mixing = inputs.images, None
-        if self.mixer is not None:
-            images, mixing = self.mixer(images, draws(*inputs.draw))
+        images, mixing = self.mix(inputs)
         return images, self.task.targets(inputs.labels, mixing, self.smoothing)
 
     @classmethod
@@ -250,7 +248,3 @@ def _require_each(counts: Sequence[int], task: Classify) -> None:
             "at least one of every class, to weigh it by",
             "add pictures of it, or leave the class away",
         )
-
-
-def mean_weight(weights: Tensor) -> Tensor:
-    return weights.mean()

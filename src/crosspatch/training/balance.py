@@ -37,7 +37,7 @@ BETA = 0.999
 EFFECTIVE_BETA = 0.9999
 DEFERRED = 0.8
 """From which part of a run on `drw` weighs: epoch 160 of the authors' 200."""
-COMES_WITH = {"ldam": "drw", "deit-lt": "drw", "logit-adjust": "none"}
+COMES_WITH = {"ldam": "drw", "logit-adjust": "none"}
 """What `auto` is for an objective that is made for uneven classes."""
 UNEVEN = 10.0
 """`auto` acts when the largest class has so many times the pictures of the smallest."""

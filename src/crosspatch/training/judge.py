@@ -14,6 +14,7 @@ from crosspatch.metrics.macs import count_macs
 from crosspatch.tasks import make_task
 from crosspatch.training import team
 from crosspatch.training.evaluation import predict_probabilities
+from crosspatch.training.heads import head_figures
 from crosspatch.training.loop import Outcome
 from crosspatch.training.package import build_model, load_model, save_calibration
 from crosspatch.training.pictures import Pictures
@@ -105,6 +106,8 @@ def _judge(
         probs = task.calibrated(raw, temperature)
         figures[name] = task.metrics(probs, labels)
         figures[name]["uncalibrated"] = task.likelihood(raw, labels)
+        if heads := head_figures(model, images, recipe, task, figures[name]):
+            figures[name]["heads"] = heads
         rows.extend(task.predictions(images.keys, labels, probs, name))
     return figures, rows
 

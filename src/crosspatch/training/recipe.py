@@ -21,9 +21,9 @@ MIXERS = (
     "mixpro", "transmix",
 )  # fmt: skip
 SCHEDULES = ("cosine", "epochs")
+OPTIMISERS = ("adamw-fused", "adamw-foreach", "sgd")
 EFFECTIVES = ("effective", "drw")
 BALANCES = ("none", "weights", *EFFECTIVES, "sampler", "auto")
-OPTIMISERS = ("adamw-fused", "adamw-foreach", "sgd")
 Pair = tuple[float, float]
 
 

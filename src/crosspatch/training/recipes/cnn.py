@@ -47,7 +47,7 @@ DECAY: tuple[str, ...] = ()
 FREEZE, LAYER_DECAY, RANGE, WEIGHTS = 0.0, 1.0, None, "none"  # see finetune
 REFUSES: tuple[str, ...] = ()
 PENALTIES: tuple[float, ...] = ()  # of a probe
-REASONS = ("Weak augmentation: pictures are mirrored and cropped, and nothing else.",)
+REASONS: tuple[str, ...] = ()
 
 AUGMENT: dict[str, Any] = {}
 PADDED: dict[str, Any] = {"crop_scale": (1.0, 1.0), "ratio": (1.0, 1.0), "pad": 4 / 32, "ops": 0}
