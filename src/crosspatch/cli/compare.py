@@ -232,7 +232,7 @@ def _table(screen: Screen, found: Compared) -> None:
     for row in found.rows:
         screen.line(f"{_cut(row.name):{NAME}}  {_share(row.accuracy)}  {_gap(row.difference)}")
     if found.baseline.balanced is not None:
-        for name, key in (("balanced", "balanced"), ("rarest third", "tail")):
+        for name, key in (("balanced", "balanced"), ("rarest classes", "tail")):
             screen.line(f"{f'({name})':{NAME}}", "cyan")
             for row in found.rows:
                 gap = _gap(getattr(row, f"{key}_difference"))

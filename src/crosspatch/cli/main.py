@@ -35,13 +35,13 @@ from crosspatch.errors import CrosspatchError, Interrupted, UsageError, near
 
 VERBS = {
     "train": ("crosspatch.cli.train:train", "Train a classifier on a folder of pictures."),
-    "compare": ("crosspatch.cli.compare:compare", "Find out which way to train is better."),
     "eval": ("crosspatch.cli.eval:evaluate", "Measure a trained run on labelled pictures."),
     "predict": ("crosspatch.cli.predict:predict", "Name the class of pictures."),
     "export": ("crosspatch.cli.export:export", "Write a run as one file for other programs."),
     "verify": ("crosspatch.cli.verify:verify", "Compare a bundle with the model it was made of."),
     "label": ("crosspatch.cli.label:label", "Let a teacher label every patch of the pictures."),
     "bench": ("crosspatch.cli.bench:bench", "Measure how fast every engine runs a model here."),
+    "compare": ("crosspatch.cli.compare:compare", "Find out which way to train is better."),
 }
 
 app = App(

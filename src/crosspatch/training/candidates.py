@@ -176,7 +176,7 @@ def _meanings(word: str) -> dict[str, dict[str, Any]]:
         found["objective"] = _objective(name, rest, word)
     if name in ("labels", "teacher", "weights") and rest:
         found[name] = {name: rest}
-    if name in RECIPES and not colon:
+    if name in RECIPES and not colon and not found:  # an objective brings its own recipe
         found["recipe"] = {"recipe": name}
     if not colon and not found and _is_model(name):
         found["model"] = {"model": name}

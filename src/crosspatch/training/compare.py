@@ -30,7 +30,7 @@ from crosspatch.training.compared import Compared, read_compared
 from crosspatch.training.guard import NotFinite
 from crosspatch.training.measure import settle_length
 from crosspatch.training.objective import SUPERVISED, make_objective
-from crosspatch.training.pictures import open_shared, sharing
+from crosspatch.training.pictures import open_source, sharing
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.resuming import with_defaults
@@ -145,11 +145,11 @@ def compare(
         if plan is None:
             candidates = parse_candidates(asked.tries, asked.common)
             _require_free(out)
-            source = open_shared(spec, dict(asked.reading))
+            source = open_source(spec, **asked.reading)
             plan = _planned(source, str(spec), asked, candidates, tell, began)
             _write(out, plan, {})
         else:
-            _require_same(plan, open_shared(plan.data, plan.reading), out)
+            _require_same(plan, open_source(plan.data, **plan.reading), out)
         failed = _train_all(plan, out, tell)
     found = read_compared(plan, out, failed)
     write_compared(found, out, lambda results: _write(out, plan, failed, results))

@@ -50,8 +50,8 @@ class Run:
 @dataclass(frozen=True)
 class Row:
     """One candidate. Figures are means over seeds; `difference` and its kin are against the first
-    candidate, None for that one; p: after Holm's correction; tail: of the rarest third of the
-    classes; verdict: a sentence."""
+    candidate, None for that one; p: after Holm's correction; tail: of the rarest three tenths
+    of the classes; verdict: a sentence."""
 
     candidate: Candidate
     runs: tuple[Run, ...]
@@ -168,7 +168,7 @@ def _weights(run: Run, counts: Sequence[int]) -> dict[str, np.ndarray]:
     """How much each test picture counts in balanced accuracy, and in that of the tail."""
     names = [row["name"] for row in run.report["test"]["classes"]]
     labels = np.array([names.index(label) for label in run.labels])
-    rare = np.argsort(counts, kind="stable")[: max(1, len(counts) // 3)]
+    rare = np.argsort(counts, kind="stable")[: max(1, (3 * len(counts) + 5) // 10)]
     found = {"balanced": by_class(labels)}
     if np.isin(labels, rare).any():
         found["tail"] = by_class(labels, rare.tolist())

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from crosspatch.data.opening import open_source
+from crosspatch.data import opening
 from crosspatch.data.prepare import ImageSet, Prepared, plan_memory, prepare
 from crosspatch.data.sources import Source
 from crosspatch.data.split import Split
@@ -61,7 +61,7 @@ _SHARED: ContextVar[dict[Any, Any] | None] = ContextVar("shared", default=None)
 @contextmanager
 def sharing() -> Iterator[None]:
     """In here several runs on the same data open them once and decode each picture once per size:
-    `open_shared` and `read_pictures` answer again what they did."""
+    `open_source` and `read_pictures` answer again what they did."""
     token = _SHARED.set({})
     try:
         yield
@@ -69,14 +69,14 @@ def sharing() -> Iterator[None]:
         _SHARED.reset(token)
 
 
-def open_shared(spec: str | Path, reading: Mapping[str, Any]) -> Source:
+def open_source(spec: str | Path, **reading: Any) -> Source:
     """`data.opening.open_source`, once for the same words inside of `sharing`."""
     kept = _SHARED.get()
     if kept is None:
-        return open_source(spec, **reading)
+        return opening.open_source(spec, **reading)
     key = (str(spec), repr(sorted(reading.items())))
     if key not in kept:
-        kept[key] = open_source(spec, **reading)
+        kept[key] = opening.open_source(spec, **reading)
     return kept[key]
 
 

@@ -18,7 +18,7 @@ from crosspatch.training import team
 from crosspatch.training.judge import finish, split_sizes, weight
 from crosspatch.training.loop import fit
 from crosspatch.training.objective import make_objective
-from crosspatch.training.pictures import Pictures, open_shared, read_pictures
+from crosspatch.training.pictures import Pictures, open_source, read_pictures
 from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent
@@ -92,7 +92,7 @@ def _train(
     waiting = begun and team.share(RunFolder(out).waiting)
     if waiting:
         given, reading = team.share(waited(out, given, reading, whole=not resume))
-    source = open_shared(source_spec, reading)
+    source = open_source(source_spec, **reading)
     with _folder(out, overwrite=overwrite, resume=begun) as run:
         begun = begun and not waiting
         if begun:

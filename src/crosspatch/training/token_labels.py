@@ -115,7 +115,9 @@ def _prepared(
             "leave --top away",
         )
     record = find_teacher(asked)
-    student: Any = SimpleNamespace(teacher=record, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    student: Any = SimpleNamespace(
+        teacher=record, mean=IMAGENET_MEAN, std=IMAGENET_STD, size=None, objective="token-labeling"
+    )
     teacher = load_teacher(student, source.classes)
     teacher.size = wish.size or teacher.size
     preprocess = Preprocess(teacher.size, teacher.size, wish.fit or _fit_of(record))
@@ -170,7 +172,8 @@ def _write(
         if len(rows):
             with torch.no_grad():
                 images = normalise(torch.from_numpy(pictures).to(device), preprocess)
-                kept = strongest(class_map(module, teacher.view(images)).float(), draft.about.top)
+                found = class_map(module, teacher.view(images))
+                kept = strongest(teacher.arranged(found), draft.about.top)
             state = np.where(np.isin(rows, taught), State.TAUGHT, State.LABELLED)
             draft.write(rows, *kept, state)
         done += len(rows) + len(bad)
