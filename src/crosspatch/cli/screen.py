@@ -162,6 +162,7 @@ class Screen:
             self.line("there are too few pictures to test the model", "bold")
         else:
             self.score({"val": "validation"}.get(name, name), summary[name])
+            self.groups(summary[name])
             self.worst_classes(summary[name])
             if "confusion" in summary[name]:
                 self.confused(summary[name])
@@ -198,6 +199,20 @@ class Screen:
             f"  log-likelihood {words.number(-metrics['nll'])} per picture, "
             f"calibration error {words.percent(metrics['ece'])}"
         )
+
+    def groups(self, metrics: dict[str, Any]) -> None:
+        """Accuracy of frequent, middling and rare classes, where training had them uneven."""
+        found = metrics.get("groups") or ()
+        if found:
+            self.line("classes by their training pictures", "cyan")
+        for one in found:
+            known = one["accuracy"] is not None
+            span = f" ({words.interval(one['low'], one['high'])})" if known else ""
+            kinds = words.plural(len(one["classes"]), "class", "classes")
+            trained = words.plural(one["training"], "training picture")
+            self.line(
+                f"  {one['name']:6}  {words.percent(one['accuracy'])}{span}, {kinds} of {trained}"
+            )
 
     def worst_classes(self, metrics: dict[str, Any], most: int = 3) -> None:
         """The classes found least often, or with the least average precision."""
