@@ -103,7 +103,9 @@ def _measure(
 ) -> _Found:
     from crosspatch.data.sources import match_classes
     from crosspatch.metrics.classification import topk as share_in_topk
+    from crosspatch.metrics.tails import with_groups
     from crosspatch.tasks import make_task
+    from crosspatch.training.package import class_counts
 
     several = predictor.task == "multilabel"
     reading = reading or _reading_of_run(_folder(run), data)
@@ -127,6 +129,7 @@ def _measure(
     if not several:
         k = min(topk, len(answers.classes))
         metrics["topk"] = {"k": k, "accuracy": share_in_topk(answers.probs, truth, k)}
+    metrics = with_groups(metrics, class_counts(_folder(run)))
     read = [keys[place] for place in answers.ok]
     rows = task.predictions(read, truth, answers.probs, name)
     skipped = [(one.path, one.reason) for one in source.skipped]
@@ -222,6 +225,7 @@ def _print(
 
     screen.line(head)
     screen.score(name, metrics)
+    screen.groups(metrics)
     screen.line()
     screen.class_table(metrics)
     if "confusion" in metrics:

@@ -21,7 +21,7 @@ from crosspatch.training import team
 from crosspatch.training.balance import resolve_balance
 from crosspatch.training.measure import resolve_products, settle_length
 from crosspatch.training.mix import require_mixable
-from crosspatch.training.objective import make_objective
+from crosspatch.training.objective import check_objective, make_objective
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
@@ -108,6 +108,7 @@ def planned(
     require_mixable(first, len(source.classes), task)
     labels = find_labels(given.get("labels"), source, first)
     first = settle_sizes(first, len(source.classes))
+    check_objective(first)
     prepared = read_pictures(source, first, reporter)
     told = course.split if course else None
     split = told or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
