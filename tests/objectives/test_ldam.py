@@ -35,7 +35,7 @@ def batch(size=6):
 
 
 def ldam(net, counts=COUNTS, options=None, **rules):
-    return Ldam.build(net, Classify("abc"), rules, Given(options or {}, counts))
+    return Ldam.build(net, Classify("abc"), rules, Given({"scale": 1, **(options or {})}, counts))
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=20), st.floats(0.01, 5))
@@ -83,7 +83,7 @@ def test_a_mixed_picture_has_the_margin_of_either_label():
 def test_weights_come_late_and_divide_by_their_sum(kind):
     """torch's weighted mean, and nothing before its time."""
     net, inputs, weights = model(), batch(5), (0.25, 0.75, 2.0)
-    given_ = Given({}, COUNTS if kind is not Supervised else ())
+    given_ = Given({"scale": 1} if kind is Ldam else {}, COUNTS)
     build = lambda **rules: kind.build(net, Classify("abc"), rules, given_)
     plain, late = build(), build(weights=weights, deferred=0.8)
     late.weighted_mean = True
@@ -97,13 +97,10 @@ def test_weights_come_late_and_divide_by_their_sum(kind):
     torch.testing.assert_close(late(inputs, 0.8)["loss"], wanted)
 
 
-def test_a_head_of_cosines_is_scaled_by_thirty():
-    net = model()
-    net.get_classifier = lambda: net[1]
-    assert ldam(net).scale == 1.0
-    net[1].cosine = True
-    assert ldam(net).scale == 30.0
-    assert ldam(net, options={"scale": 16}).scale == 16.0
+def test_the_scale_is_thirty_unless_it_is_said():
+    build = lambda options: Ldam.build(model(), Classify("abc"), {}, Given(options, COUNTS))
+    assert build({}).scale == 30.0
+    assert build({"scale": 16}).scale == 16.0
 
 
 def test_adjusted_logits_are_shifted_by_the_share_of_their_class():

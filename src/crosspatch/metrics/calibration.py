@@ -14,8 +14,8 @@ import numpy as np
 
 from crosspatch.metrics.classification import TINY
 
-LEAST, GREATEST = 0.05, 20.0
-"""No temperature is looked for outside of these."""
+LEAST, GREATEST = 0.01, 20.0
+"""No temperature is looked for outside of these. A classifier of cosines needs about 1/30."""
 GOLDEN = (5**0.5 - 1) / 2
 
 

@@ -9,9 +9,9 @@ and Ma, arXiv 1906.07413, equations 11 to 13. A class of n training pictures has
 and a picture of class y with the logits z the loss -log softmax(s (z - D_y e_y))_y, s = `scale`.
 The paper defers the weights of the classes to the end of the training (DRW): `--balance drw`.
 
-The authors' last layer gives cosines, in [-1, 1], which s = 30 makes logits of; a model says that
-its classifier does so by `classifier.cosine = True`. The usual linear layer finds the scale of its
-logits by itself: there s is 1 unless it is said, and the margin is one of logits.
+The authors' last layer gives cosines, in [-1, 1], which s = 30 makes logits of. Before the usual
+linear layer s = 30 trained better than s = 1 as well (docs/parts/longtail.md): its logits become so
+much smaller, which the temperature, fitted after, takes back.
 
 Departures: the authors train on labels as they are. A mixed picture has here the mixture of both
 losses, each with the margin of its own label, and a smoothed label the margin of its class.
@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosspatch.models.registry import classifiers
 from crosspatch.objectives import Given, Inputs
 from crosspatch.objectives.supervised import Supervised, mean_weight
 from crosspatch.objectives.uneven import numbers_of, require_counts
 
-COSINE_SCALE = 30.0
+SCALE = 30.0
 RANGES = {"margin": (0.0, 10.0), "scale": (0.0, 1000.0)}
 """Option -> above which number, and up to which."""
 
@@ -55,8 +54,7 @@ def ldam_loss(
 
 class Ldam(Supervised):
     """Trains `model` on labels with margins. counts: (K,) training pictures of each class; margin:
-    of the rarest; scale: of the logits, None for 30 where the classifier gives cosines, else 1;
-    rules: see `Supervised`."""
+    of the rarest; scale: of the logits; rules: see `Supervised`."""
 
     margins: Tensor
 
@@ -67,11 +65,11 @@ class Ldam(Supervised):
         *,
         counts: tuple[int, ...],
         margin: float = 0.5,
-        scale: float | None = None,
+        scale: float = SCALE,
         **rules: Any,
     ) -> None:
         super().__init__(model, task, **rules)
-        self.scale = (COSINE_SCALE if gives_cosines(model) else 1.0) if scale is None else scale
+        self.scale = scale
         self.register_buffer("margins", margins(torch.tensor(counts), margin), persistent=False)
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
@@ -97,9 +95,3 @@ class Ldam(Supervised):
     def build(cls, model: nn.Module, task: Any, rules: dict[str, Any], given: Given) -> Self:
         options = numbers_of("ldam", given.options, RANGES)
         return cls(model, task, counts=require_counts("ldam", given, task), **options, **rules)
-
-
-def gives_cosines(model: nn.Module) -> bool:
-    """Whether the classifier of a model gives cosines, as it says itself."""
-    heads = classifiers(model).values()
-    return bool(heads) and all(getattr(head, "cosine", False) is True for head in heads)
