@@ -95,7 +95,9 @@ def _measure(
     from crosspatch.data.sources import match_classes
     from crosspatch.deploy.loading import MANY, load
     from crosspatch.metrics.classification import topk as share_in_topk
+    from crosspatch.metrics.tails import with_groups
     from crosspatch.tasks import make_task
+    from crosspatch.training.package import class_counts
 
     predictor = load(run, engine=engine, batch=MANY)
     several = predictor.task == "multilabel"
@@ -120,6 +122,7 @@ def _measure(
     if not several:
         k = min(topk, len(answers.classes))
         metrics["topk"] = {"k": k, "accuracy": share_in_topk(answers.probs, truth, k)}
+    metrics = with_groups(metrics, class_counts(_folder(run)))
     read = [keys[place] for place in answers.ok]
     rows = task.predictions(read, truth, answers.probs, name)
     skipped = [(one.path, one.reason) for one in source.skipped]
@@ -215,6 +218,7 @@ def _print(
 
     screen.line(head)
     screen.score(name, metrics)
+    screen.groups(metrics)
     screen.line()
     screen.class_table(metrics)
     if "confusion" in metrics:

@@ -17,8 +17,9 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.exceptions import (
@@ -41,23 +42,45 @@ VERBS = {
     "verify": ("crosspatch.cli.verify:verify", "Compare a bundle with the model it was made of."),
     "bench": ("crosspatch.cli.bench:bench", "Measure how fast every engine runs a model here."),
 }
+DATA_VERBS = {
+    "longtail": (
+        "crosspatch.cli.data_longtail:longtail",
+        "Write pictures with a long tail: fewer from class to class.",
+    ),
+}
+ROOMS = {"data": ("Make other data sets out of one.", DATA_VERBS)}
+"""Verbs that hold verbs: `crosspatch data longtail …`."""
 
-app = App(
-    name="crosspatch",
-    help="Train vision transformers on your own pictures.",
+
+def _app(name: str, text: str, verbs: Mapping[str, tuple[str, str]], **further: Any) -> App:
+    """An application whose verbs are imported when they are called."""
+    made = App(
+        name=name,
+        help=text,
+        help_format="plaintext",
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+        default_parameter=Parameter(
+            negative_iterable=(), negative_bool=(), show_default=lambda value: value or None
+        ),
+        **further,
+    )
+    for place, (verb, (where, text)) in enumerate(verbs.items()):
+        made.command(where, name=verb, help=text, sort_key=place)
+    return made
+
+
+app = _app(
+    "crosspatch",
+    "Train vision transformers on your own pictures.",
+    VERBS,
     version=crosspatch.__version__,
     help_epilogue="Start with: crosspatch train PHOTOS      (one folder per class in PHOTOS)",
-    help_format="plaintext",
-    result_action="return_value",
-    exit_on_error=False,
-    print_error=False,
-    suppress_keyboard_interrupt=False,
-    default_parameter=Parameter(
-        negative_iterable=(), negative_bool=(), show_default=lambda value: value or None
-    ),
 )
-for _place, (_verb, (_where, _help)) in enumerate(VERBS.items()):
-    app.command(_where, name=_verb, help=_help, sort_key=_place)
+for _place, (_room, (_help, _verbs)) in enumerate(ROOMS.items(), len(VERBS)):
+    app.command(_app(_room, _help, _verbs, version_flags=(), sort_key=_place))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,13 +138,13 @@ def _tell(failure: CrosspatchError, as_json: bool) -> None:
 def _wrong_usage(error: CycloptsError, tokens: list[str]) -> UsageError:
     """The parser's complaint in three parts, with names that are near."""
     error.verbose = False
-    verb = tokens[0] if tokens and tokens[0] in VERBS else ""
+    verb, known = _place_of(tokens)
     manual = f"crosspatch {verb} --help".replace("  ", " ")
     match error:
         case UnknownCommandError():
             wrong = (error.unused_tokens or [""])[0]
-            hit = near(wrong, VERBS, count=1)
-            known = f"the verbs are {', '.join(VERBS)}"
+            hit = near(wrong, known, count=1)
+            known = f"the verbs are {', '.join(known)}"
             if wrong.startswith("-"):
                 known = f"options follow a verb, and {known}"
                 return UsageError(f"no verb before {wrong}", known, manual)
@@ -150,6 +173,15 @@ def _wrong_usage(error: CycloptsError, tokens: list[str]) -> UsageError:
     got, _, choices = str(error).partition(". Choose from: ")
     expected = f"the choices are {choices}".rstrip(".") if choices else "another kind of value"
     return UsageError(got.rstrip("."), expected, manual)
+
+
+def _place_of(tokens: list[str]) -> tuple[str, list[str]]:
+    """(the verb of a command, "" without one; the verbs that there are in its place)."""
+    first, second = [*tokens, "", ""][:2]
+    if first not in ROOMS:
+        return first if first in VERBS else "", [*VERBS, *ROOMS]
+    inner = ROOMS[first][1]
+    return f"{first} {second}" if second in inner else first, [*inner]
 
 
 def _retyped(tokens: list[str], wrong: str, right: str) -> str:

@@ -24,7 +24,8 @@ TABLE = Group("Where DATA is a table", sort_key=40)
 DATA = (
     "A folder with one folder per class, or with train/ val/ test/ of such, or a .zip or .tar of "
     "either, or a table (.csv, .jsonl, .parquet) of paths and labels, which may lie in an archive "
-    "(photos.zip/labels.csv), or the word digits (small scans that come along)."
+    "(photos.zip/labels.csv), or the word digits (small scans that come along). DATA@lt:100 has a "
+    "long tail of training pictures."
 )
 
 

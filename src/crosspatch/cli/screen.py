@@ -167,6 +167,7 @@ class Screen:
             self.line("there are too few pictures to test the model", "bold")
         else:
             self.score({"val": "validation"}.get(name, name), summary[name])
+            self.groups(summary[name])
             self.worst_classes(summary[name])
             if "confusion" in summary[name]:
                 self.confused(summary[name])
@@ -214,6 +215,20 @@ class Screen:
             groups = [f"{g['name']} {words.percent(g['accuracy'])}" for g in one.get("groups", ())]
             told = f" ({', '.join(groups)})" if groups else ""
             self.line(f"  {one['name']:12}  {words.percent(one['accuracy'])}{told}")
+
+    def groups(self, metrics: dict[str, Any]) -> None:
+        """Accuracy of frequent, middling and rare classes, where training had them uneven."""
+        found = metrics.get("groups") or ()
+        if found:
+            self.line("classes by their training pictures", "cyan")
+        for one in found:
+            known = one["accuracy"] is not None
+            span = f" ({words.interval(one['low'], one['high'])})" if known else ""
+            kinds = words.plural(len(one["classes"]), "class", "classes")
+            trained = words.plural(one["training"], "training picture")
+            self.line(
+                f"  {one['name']:6}  {words.percent(one['accuracy'])}{span}, {kinds} of {trained}"
+            )
 
     def worst_classes(self, metrics: dict[str, Any], most: int = 3) -> None:
         """The classes found least often, or with the least average precision."""

@@ -6,7 +6,8 @@ The folder's name is the class. Class folders are read to any depth. A file coun
 the end of its name (or when it has none); whether it is one, `prepare` finds out. Hidden files and
 what file managers leave behind are invisible. Of an archive with one top folder, that folder is the
 root. A table at the root of an archive without class folders says the classes of its pictures;
-`archive.zip/table.csv` names it where there are class folders too, or several tables.
+`archive.zip/table.csv` names it where there are class folders too, or several tables. `@lt:100`
+after any of them thins its training pictures to a long tail (`longtail`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from crosspatch.data.archives import ARCHIVES, is_archive, open_archive
 from crosspatch.data.groups import FOLDER, assign_groups
 from crosspatch.data.labels import label_remarks, merge_repeated, numbers
 from crosspatch.data.layout import MEANING, Layout, NoClasses, lay_out
+from crosspatch.data.longtail import Tail, parse_spec
 from crosspatch.data.shelf import TABLES, read_table, tables_in
 from crosspatch.data.sources import DIGITS, DigitsSource, Source, TreeSource
 from crosspatch.data.tables import NONE, open_table
@@ -47,6 +49,7 @@ def open_source(
     split_column: str | None = None,
     group: str | None = None,
     multi_label: bool = False,
+    tail: Tail | None = None,
 ) -> Source:
     """Open DATA: a folder, an archive, a table, or the word "digits" (a folder of that name:
     "./digits").
@@ -55,17 +58,42 @@ def open_source(
     path_column, label_column, split_column: of a table, where their names do not tell ("none": no
     splits). group: "folder", a column of the table, or a regular expression (see `groups`).
     multi_label: a picture may have several labels: copies of a file in several class folders, and
-    rows of a table that name one file, are one picture (a table may say so by itself).
+    rows of a table that name one file, are one picture (a table may say so by itself). tail: as
+    `@lt:` says it.
 
     Raises UsageError for a path that does not exist or is no kind of DATA and for columns or groups
     that it does not have, DataError for data that cannot be trained on: no picture, a single class,
     an empty class, broken archives and tables, wrong splits.
     """
     told = {"path": path_column, "label": label_column, "split": split_column}
-    how = _How(least_classes, told, group, multi_label)
+    spec, asked = parse_spec(spec)
+    tail = asked or tail
+    source = _open(spec, _How(least_classes, told, group, multi_label))
+    return source if tail is None else _tailed(source, tail)
+
+
+def _tailed(source: Source, tail: Tail) -> Source:
+    """The source with a long tail of training pictures. Raises UsageError for pictures with several
+    labels, of which no class can be thinned alone."""
+    if source.multi:
+        raise UsageError(
+            f"{tail} of pictures with several labels",
+            "one label to a picture: else a class is not thinned without others",
+            f"leave {tail} away",
+        )
+    source.tail = tail
+    source.remarks = (
+        *source.remarks,
+        f"{tail}: training pictures are thinned, {tail.ratio:g} to 1 from the first class to the "
+        "last; those that validate and test are not.",
+    )
+    return source
+
+
+def _open(spec: str | Path, how: _How) -> Source:
     if spec == DIGITS:
-        _require_no_columns(spec, told)
-        return _grouped(_labelled(DigitsSource(), multi_label), group)
+        _require_no_columns(spec, how.told)
+        return _grouped(_labelled(DigitsSource(), how.multi_label), how.group)
     path = Path(spec)
     try:
         archive = path if path.is_file() else next((p for p in path.parents if p.is_file()), None)
@@ -74,7 +102,7 @@ def open_source(
         if not path.exists():
             raise _missing(path)
         _require_no_columns(spec, how.told)
-        return _grouped(_open_folder(path, how), group)
+        return _grouped(_open_folder(path, how), how.group)
     except OSError as problem:
         raise UsageError(
             f"cannot read {path} ({problem.strerror or problem})",

@@ -14,6 +14,7 @@ from PIL import Image
 from crosspatch.data.decode import UnreadableImage, decode, picture_size
 from crosspatch.data.labels import SEPARATOR, Label, numbers
 from crosspatch.data.layout import Layout
+from crosspatch.data.longtail import Tail
 from crosspatch.data.skipped import Skipped
 from crosspatch.data.trees import Tree
 from crosspatch.errors import DataError, near
@@ -42,7 +43,8 @@ class Source(ABC):
     `name`: short, for run folders. `classes`: sorted names. `items`: ordered by key. `skipped`:
     files that are left out by their name or place (unreadable pictures are found by `prepare`).
     `remarks`: sentences on how the data were understood. `multi`: whether a picture may have
-    several labels, or none. A source holds no open file: it may be
+    several labels, or none. `tail`: which of its training pictures are used (`longtail`), None for
+    all. A source holds no open file: it may be
     pickled and used from forked workers.
     """
 
@@ -52,6 +54,7 @@ class Source(ABC):
     skipped: list[Skipped]
     remarks: tuple[str, ...] = ()
     multi: bool = False
+    tail: Tail | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -105,6 +108,8 @@ class Source(ABC):
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for item, size in zip(self.items, self._sizes(), strict=True):
             digest.update(f"\0{item.key}\0{size}\0{item.label}".encode())
+        if self.tail is not None:
+            digest.update(f"\0{self.tail}".encode())
         return digest.hexdigest()
 
     def sizes(self) -> list[int]:

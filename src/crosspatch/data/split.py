@@ -13,7 +13,8 @@ Folders decide where they are given. What is missing is carved out by class, see
 So no picture given as val or test is ever trained on. In a class of few pictures the first goes to
 train, the second to test, the third to val. Pictures of one group, exact copies and near-duplicates
 stay together: the classes then are shared out as well as whole groups allow, the largest group
-first. Where a picture may have several labels, each picture is placed as such a group is.
+first. Where a picture may have several labels, each picture is placed as such a group is. Of a
+long tail (`longtail`) training pictures are left out at the end.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 
 from crosspatch.data.groups import units
 from crosspatch.data.layout import SPLITS
+from crosspatch.data.longtail import thin
 from crosspatch.data.sources import Item, Source
 from crosspatch.errors import DataError, near
 
@@ -77,6 +79,10 @@ def make_split(
         carved = _carve(pools["train"], labels, together, seed, {"test": test, "val": val})
         parts = {"train": carved["rest"], "val": carved["val"], "test": carved["test"]}
     _require_every_class(source, parts["train"])
+    if source.tail is not None:
+        train = np.sort(parts["train"])
+        kept = thin(source.labels[train], len(source.classes), source.tail)
+        parts = {**parts, "train": train[kept]}
     return Split(**{name: np.sort(parts[name]) for name in SPLITS})
 
 
@@ -162,6 +168,8 @@ def carry_split(
     for index in np.sort(kept).tolist():
         item = source.items[index]
         told = item.split if item.split != "train" else None
+        if source.tail is not None and item.key not in known:
+            continue  # what the tail left out cannot be told from what came
         name = known.get(item.key) or told or judges.get(int(together[index]), "train")
         parts[name].append(index)
     split = Split(**{name: np.array(parts[name], dtype=np.int64) for name in SPLITS})

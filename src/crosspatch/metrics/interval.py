@@ -8,7 +8,7 @@ import math
 Z95 = 1.959963984540054
 
 
-def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(k: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Wilson score interval of the share k of n (Wilson 1927); 95 % by default.
 
     Returns (low, high) as fractions in [0, 1]; n = 0 gives (0, 1): nothing is known.

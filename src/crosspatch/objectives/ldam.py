@@ -90,6 +90,10 @@ class Ldam(Supervised):
         return {"loss": loss.sum() * inputs.scale, "parts": {}}
 
     @classmethod
+    def check(cls, options: dict[str, Any]) -> None:
+        numbers_of("ldam", options, RANGES)
+
+    @classmethod
     def build(cls, model: nn.Module, task: Any, rules: dict[str, Any], given: Given) -> Self:
         options = numbers_of("ldam", given.options, RANGES)
         return cls(model, task, counts=require_counts("ldam", given, task), **options, **rules)

@@ -57,6 +57,10 @@ class LogitAdjust(Supervised):
         return {"loss": loss.sum() * inputs.scale, "parts": {}}
 
     @classmethod
+    def check(cls, options: dict[str, Any]) -> None:
+        numbers_of("logit-adjust", options, RANGES)
+
+    @classmethod
     def build(cls, model: nn.Module, task: Any, rules: dict[str, Any], given: Given) -> Self:
         options = numbers_of("logit-adjust", given.options, RANGES)
         counts = require_counts("logit-adjust", given, task)

@@ -91,6 +91,10 @@ class Supervised(nn.Module):
         return self.weights if progress >= self.deferred else None
 
     @classmethod
+    def check(cls, options: dict[str, Any]) -> None:
+        """Raises UsageError, before any picture is read, for options that can never be."""
+
+    @classmethod
     def build(
         cls, model: nn.Module, task: Classify | MultiLabel, rules: dict[str, Any], given: Given
     ) -> Supervised:

@@ -31,6 +31,7 @@ from dataclasses import replace
 import numpy as np
 
 from crosspatch.errors import UsageError
+from crosspatch.metrics.tails import UNEVEN
 from crosspatch.training.recipe import EFFECTIVES, Recipe
 
 BETA = 0.999
@@ -39,8 +40,6 @@ DEFERRED = 0.8
 """From which part of a run on `drw` weighs: epoch 160 of the authors' 200."""
 COMES_WITH = {"ldam": "drw", "logit-adjust": "none"}
 """What `auto` is for an objective that is made for uneven classes."""
-UNEVEN = 10.0
-"""`auto` acts when the largest class has so many times the pictures of the smallest."""
 HEAVIEST = 10.0
 """No label counts more often than this."""
 SEEN = 1.0

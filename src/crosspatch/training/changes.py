@@ -133,7 +133,7 @@ def changed_pictures(run: Path, source: Source) -> list[str]:
     there = {row["path"] for row in known}
     unread = {one.path for one in source.skipped}
     parts = {
-        "came": [key for key in sizes if key not in there and key not in left_out],
+        "came": [key for key in sizes if key not in there | left_out and source.tail is None],
         "went": [key for key in (*there, *left_out) if key not in sizes and key not in unread],
         "changed": [
             row["path"]
@@ -145,7 +145,9 @@ def changed_pictures(run: Path, source: Source) -> list[str]:
         ],
     }
     found = [f"{len(keys):,} {how} ({_named(keys)})" for how, keys in parts.items() if keys]
-    return found or ["what could not be read then, or sizes that were not noted then"]
+    return found or [
+        "what could not be read then, sizes that were not noted then, or the long tail"
+    ]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

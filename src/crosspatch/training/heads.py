@@ -44,8 +44,9 @@ def head_figures(
 
     whole: the figures of the mean (`Classify.metrics`). All processes of the team take part.
     """
-    distilled = isinstance(model, VisionTransformer) and model.head_dist is not None
-    if not distilled or not isinstance(task, Classify):
+    if not isinstance(model, VisionTransformer) or not isinstance(task, Classify):
+        return []
+    if model.head_dist is None:
         return []
     logits = predict_probabilities(
         EachHead(model),

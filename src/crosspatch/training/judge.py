@@ -11,6 +11,7 @@ import numpy as np
 
 from crosspatch.data.split import SPLITS, Split
 from crosspatch.metrics.macs import count_macs
+from crosspatch.metrics.tails import with_groups
 from crosspatch.tasks import make_task
 from crosspatch.training import team
 from crosspatch.training.evaluation import predict_probabilities
@@ -104,7 +105,7 @@ def _judge(
             if task.thresholds:
                 figures["calibration"] |= _thresholds(task, labels, reporter)
         probs = task.calibrated(raw, temperature)
-        figures[name] = task.metrics(probs, labels)
+        figures[name] = with_groups(task.metrics(probs, labels), recipe.class_counts)
         figures[name]["uncalibrated"] = task.likelihood(raw, labels)
         if heads := head_figures(model, images, recipe, task, figures[name]):
             figures[name]["heads"] = heads

@@ -173,6 +173,11 @@ def make_objective(
     return objective
 
 
+def check_objective(recipe: Recipe) -> None:
+    """Raises UsageError for options that the recipe's objective can never have."""
+    _objective_class(recipe.objective).check(recipe.objective_args)
+
+
 def _objective_class(name: str) -> type[Supervised]:
     if name not in OBJECTIVES:
         raise UsageError(

@@ -139,6 +139,7 @@ def model_config(recipe: Recipe, classes: tuple[str, ...]) -> dict[str, Any]:
         "transforms": [_transform(recipe.reduce)] if recipe.reduce else [],
         "temperature": 1.0,
         "calibrated_on": 0,
+        "class_counts": list(recipe.class_counts),
         "thresholds": list(make_task(recipe.task, classes).thresholds),
         "pretrained_cfg": {
             "input_size": [3, *recipe.size],
@@ -164,6 +165,14 @@ def save_model(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
     _write_config(folder, config)
     os.replace(aside, folder / WEIGHTS)
     flush_folder(folder)
+
+
+def class_counts(run: str | Path) -> tuple[int, ...]:
+    """The training pictures of each class of a run, () where it does not say."""
+    folder = model_folder(run)
+    told = read_config(folder).get("class_counts") if (folder / CONFIG).is_file() else None
+    right = isinstance(told, list) and all(isinstance(n, int) and n >= 0 for n in told)
+    return tuple(told) if told and right else ()
 
 
 def save_calibration(

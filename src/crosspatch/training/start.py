@@ -20,6 +20,7 @@ from crosspatch.training import plan as plans
 from crosspatch.training import team
 from crosspatch.training.balance import resolve_balance
 from crosspatch.training.measure import resolve_products, settle_length
+from crosspatch.training.objective import check_objective
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
@@ -96,6 +97,7 @@ def _planned(
     teacher = find_teacher(given["teacher"]) if given.get("teacher") else {}
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
+    check_objective(first)
     require_teachable(first, source)
     prepared = read_pictures(source, first, reporter)
     split = course.split or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
