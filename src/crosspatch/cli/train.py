@@ -145,7 +145,8 @@ class Learnt:
     else the labels alone: supervised)."""
 
     mix: Annotated[str | None, Parameter(metavar="NAME,NAME,…|none")] = None
-    """How pictures are mixed, one of these for each batch: mixup, cutmix …"""
+    """How pictures are mixed, one of these for each batch: mixup, cutmix, resizemix,
+    maskmix, mixpro …"""
 
     teacher: Annotated[str | None, Parameter(metavar="RUN|NAME")] = None
     """A trained network to learn from: a run, or a checkpoint by timm's name."""
@@ -209,7 +210,7 @@ def train(
         model = overrides.get("model")
         if model and not list_models(model.split(".")[0]):
             create_model(model)  # refuses the name, before any picture is read
-        with _resumable(words.command("crosspatch", "train", data, "--out", out, "--resume"), out):
+        with resumable(words.command("crosspatch", "train", data, "--out", out, "--resume"), out):
             summary = train_run(
                 data, out, overrides, screen, folder.resume, folder.overwrite, reading, folder.force
             )
@@ -230,8 +231,9 @@ def _begun_with(out: Path, resume: bool) -> int:
 
 
 @contextmanager
-def _resumable(do: str, out: Path) -> Iterator[None]:
-    """However the run in `out` is stopped: `do` is what continues it, once it was begun.
+def resumable(do: str, out: Path, sign: str = "config.toml") -> Iterator[None]:
+    """However what goes into `out` is stopped: `do` is what continues it, once it was begun, which
+    the file `sign` shows.
 
     The steps save when a signal comes; outside of them SIGTERM ends the command as Ctrl-C does.
     """
@@ -248,7 +250,7 @@ def _resumable(do: str, out: Path) -> Iterator[None]:
         except Interrupted as stop:
             raise Interrupted(stop.got, stop.expected, do) from stop
         except KeyboardInterrupt as stop:
-            if not any((out / name).is_file() for name in ("config.toml", "waiting.toml")):
+            if not any((out / file).is_file() for file in (sign, "waiting.toml")):
                 raise
             raise Interrupted(f"stopped by {name}", f"{out} holds what was done", do) from stop
 

@@ -86,15 +86,16 @@ def augment(
     seed: int,
     config: AugmentConfig,
     preprocess: Preprocess,
+    stream: int = 0,
 ) -> torch.Tensor:
     """uint8 (B, H', W', 3), positions (B,) int64 -> float32 (B, 3, H, W), normalised.
 
-    With the neutral config this is `normalise`.
+    With the neutral config this is `normalise`. stream: 0 to 255, a table of draws each.
     """
-    table = draws(positions, seed=seed, epoch=epoch)
+    table = draws(positions, seed=seed, epoch=epoch, stream=stream)
     steering = Steering(*(part.to(images.device) for part in steer(table, config, preprocess)))
     if config.warps:
-        pictures = _sample(_planar(images), steering.warp, preprocess.size)
+        pictures = sample(_planar(images), steering.warp, preprocess.size)
     else:
         pictures = _planar(preprocess.centre(images))
     if config.recolours:
@@ -105,18 +106,42 @@ def augment(
     return _blank(pictures, steering.blank) if config.erase else pictures
 
 
+def placement(
+    positions: torch.Tensor, *, epoch: int, seed: int, config: AugmentConfig, preprocess: Preprocess
+) -> torch.Tensor:
+    """(B, 2, 3) float32: where a point of each picture that `augment` gives lies in the stored one,
+    both in [-1, 1], as (across, down, 1) -> (across, down)."""
+    if config.warps:
+        return steer(draws(positions, seed=seed, epoch=epoch), config, preprocess).warp
+    (height, width), (tall, wide) = preprocess.size, preprocess.store
+    left, top = (wide - width) // 2, (tall - height) // 2
+    middle = torch.tensor(
+        [
+            [width / wide, 0, (2 * left + width) / wide - 1],
+            [0, height / tall, (2 * top + height) / tall - 1],
+        ]
+    )
+    return middle.expand(len(positions), -1, -1)
+
+
 def normalise(images: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
     """uint8 (B, H', W', 3) -> its centre, normalised: float32 (B, 3, H, W). No draw is made."""
     return _standardise(_planar(preprocess.centre(images)), preprocess)
 
 
-def draws(positions: torch.Tensor, *, seed: int, epoch: int) -> np.ndarray:
-    """Rows `positions` (B,) of the table of (seed, epoch): (B, 24), uniform in [0, 1)."""
+def shrunk(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """float (B, 3, H, W) -> (B, 3, *size), smaller: bicubic, antialiased as decoded pictures
+    are."""
+    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def draws(positions: torch.Tensor, *, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
+    """Rows `positions` (B,) of the table of (seed, epoch, stream): (B, 24), uniform in [0, 1)."""
     if not len(positions):
         return np.empty((0, _DRAWS))
     rows = positions.cpu().numpy()
     first = int(rows.min())
-    key = np.array([seed, _STREAM | epoch], dtype=np.uint64)
+    key = np.array([seed, _STREAM + (stream << 32) | epoch], dtype=np.uint64)
     philox = np.random.Philox(key=key, counter=first * (_DRAWS // 4))
     table = np.random.Generator(philox).random((int(rows.max()) + 1 - first, _DRAWS))
     return table[rows - first]
@@ -210,8 +235,9 @@ def _planar(images: torch.Tensor) -> torch.Tensor:
     return images.permute(0, 3, 1, 2).contiguous().float()
 
 
-def _sample(pictures: torch.Tensor, warp: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear, mirrored at the edges. The map is affine, so its grid is one outer sum."""
+def sample(pictures: torch.Tensor, warp: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """pictures (B, C, H', W') through `warp` (B, 2, 3) to (B, C, H, W): bilinear, mirrored at the
+    edges. The map is affine, so its grid is one outer sum."""
     height, width = (_midpoints(side, pictures.device) for side in size)
     across = warp[:, :, 0:1] * (2 * width - 1) + warp[:, :, 2:]
     down = warp[:, :, 1:2] * (2 * height - 1)

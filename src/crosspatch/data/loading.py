@@ -27,8 +27,8 @@ class Batch(NamedTuple):
     """One process's share of a batch.
 
     `images`: uint8 (B, H', W', 3); `labels`: int64 (B,) or float32 (B, K), as the set has them;
-    `positions` (in the epoch's order), `index` (in the set): int64 (B,); `n_global`: pictures in
-    the whole batch, over all processes.
+    `positions` (in the epoch's order), `index` (in the set), `items` (in the source): int64 (B,);
+    `n_global`: pictures in the whole batch, over all processes.
     """
 
     images: torch.Tensor
@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     positions: torch.Tensor
     index: torch.Tensor
     n_global: int
+    items: torch.Tensor | None = None
 
 
 def epoch_order(n: int, epoch: int, seed: int) -> torch.Tensor:
@@ -157,7 +158,8 @@ class _Batches(Dataset):
         positions = torch.arange(start + self.rank, end, self.world)
         index = self.order[positions]
         labels = self.images.labels[index]
-        return Batch(self.images.images(index), labels, positions, index, end - start)
+        items = torch.from_numpy(self.images.items[index.numpy()])
+        return Batch(self.images.images(index), labels, positions, index, end - start, items)
 
 
 class _Carried(Dataset):

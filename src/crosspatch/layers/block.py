@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from crosspatch.layers.attention import Attention
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.reducer import AttentionStats, Reducer
-from crosspatch.layers.tokens import TokenState
+from crosspatch.layers.tokens import TokenState, over_patches
+
+CLASS_ROW = frozenset({"class_row"})
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class BlockSpec:
 class BlockOptions:
     """What all blocks of a network have in common besides their shapes.
 
-    init_values: LayerScale's, or None. residual_scale: a constant factor of both branches instead
-    of it (1/lambda in LV-ViT); ValueError where both are given.
+    attention: the class of it. init_values: LayerScale's, or None. residual_scale: a constant
+    factor of both branches instead of it (1/lambda in LV-ViT); ValueError where both are given.
     """
 
     qkv_bias: bool = True
@@ -59,6 +61,7 @@ class BlockOptions:
     residual_scale: float = 1.0
     norm: Callable[[int], nn.Module] = field(default=partial(nn.LayerNorm, eps=1e-6))
     act: Callable[[], nn.Module] = nn.GELU
+    attention: type[Attention] = Attention
     attn_drop: float = 0.0
     proj_drop: float = 0.0
 
@@ -99,7 +102,7 @@ class Block(nn.Module):
         self.mlp: Any = None
         if spec.heads:
             self.norm1 = options.norm(dim)
-            self.attn = Attention(
+            self.attn = options.attention(
                 dim,
                 spec.heads,
                 spec.qk,
@@ -123,15 +126,27 @@ class Block(nn.Module):
             )
             self.ls2, self.drop_path2 = _residual(dim, options, drop_path)
 
-    def forward(self, x: Tensor, rows: int | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rows: int | None = None,
+        bias: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
         """x: (B, N, C) to (B, N, C), or to the first `rows` tokens of that, (B, rows, C).
 
-        bias: (B, N) on the attention's keys, or None.
+        bias: (B, N) on the attention's keys, or None. grid: of the patches in x, where the block is
+        `gridded`.
         """
         y = x if rows is None else x[:, :rows]
         if self.attn is not None:
-            y = self.add_attention(y, self.attn(self.norm1(x), bias, rows))
+            y = self.add_attention(y, self.attn(self.norm1(x), bias, rows, grid))
         return self.add_mlp(y)
+
+    @property
+    def gridded(self) -> bool:
+        """Whether the attention looks at the neighbours of each patch: it needs the whole grid."""
+        return self.attn is not None and self.attn.gridded
 
     @property
     def observed(self) -> bool:
@@ -179,13 +194,17 @@ def run_blocks(
     maps: dict[int, Tensor] | None = None,
     last_rows: int | None = None,
     shared: Collection[int | None] | None = None,
+    attended: dict[int, Tensor] | None = None,
 ) -> tuple[TokenState, dict[int, TokenState]]:
     """Run the blocks numbered `first`, `first + 1`, … over the state.
 
     collect: block numbers whose output state is returned too, by number. maps: attention maps of
     earlier blocks that later ones share; filled on the way. last_rows: the last block may compute
     so many tokens only, where nothing else looks at it. shared: the blocks whose map others read,
-    where these are not all among `blocks` (`lenders`).
+    where these are not all among `blocks` (`lenders`). attended: for the numbers that are its keys
+    (blocks with an attention of their own, that no reducer replaces) it is given the class token's
+    attention over the full grid (B, P): the mean over the heads, before dropout, without a
+    gradient.
     """
     maps = {} if maps is None else maps
     shared = lenders(blocks) if shared is None else shared
@@ -195,9 +214,11 @@ def run_blocks(
             hooked = reducer if reducer is not None and reducer.active(number) else None
             rows = last_rows if number == first + len(blocks) - 1 else None
             if rows is not None and _alone(block) and (not hooked or hooked.prefix_only(number)):
-                state = _first_rows(block, state, number, hooked, rows, maps)
+                state = _first_rows(block, state, number, hooked, rows, maps, attended)
             else:
-                state = _run_block(block, state, number, hooked, shared, maps, checkpointing)
+                state = _run_block(
+                    block, state, number, hooked, shared, maps, checkpointing, attended
+                )
         if number in collect:
             collected[number] = state
     return state, collected
@@ -222,12 +243,15 @@ def _first_rows(
     reducer: Reducer | None,
     rows: int,
     maps: dict[int, Tensor],
+    attended: dict[int, Tensor] | None,
 ) -> TokenState:
     """The last block, of which the first `rows` tokens are read."""
     if block.spec.shares is not None:
         return state._replace(tokens=_sharing(block, state.tokens, number, maps, rows))
     bias = reducer.bias(state, number) if reducer else None
-    return state._replace(tokens=block(state.tokens, rows, bias))
+    if number in (attended or ()):
+        return _shown(block, state, number, attended, rows, bias)
+    return state._replace(tokens=block(state.tokens, rows, bias, state.grid))
 
 
 def _run_block(
@@ -238,19 +262,44 @@ def _run_block(
     shared: Collection[int | None],
     maps: dict[int, Tensor],
     checkpointing: bool,
+    attended: dict[int, Tensor] | None,
 ) -> TokenState:
+    if block.gridded and (reducer is not None or state.source is not None):
+        raise ValueError(
+            f"the attention of block {number} looks at the neighbours of each patch: it takes the "
+            "whole grid, and no reducer"
+        )
     again = checkpointing and torch.is_grad_enabled()
     recomputed = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     if reducer is not None and block.attn is not None and block.spec.shares is None:
         run = partial(recomputed, _hooked) if again else _hooked
-        state, shown = run(block, state, number, reducer, number in shared)
+        state, shown = run(block, state, number, reducer, number in shared, attended)
         if shown is not None:
             maps[number] = shown
         return state
     if block.spec.shares is not None or number in shared:
         return state._replace(tokens=_sharing(block, state.tokens, number, maps))
+    if number in (attended or ()):
+        run = partial(recomputed, _shown) if again else _shown
+        return run(block, state, number, attended)
     run = partial(recomputed, block) if again else block
-    return state._replace(tokens=run(state.tokens))
+    return state._replace(tokens=run(state.tokens, grid=state.grid))
+
+
+def _shown(
+    block: Block,
+    state: TokenState,
+    number: int,
+    attended: Any,
+    rows: int | None = None,
+    bias: Tensor | None = None,
+) -> TokenState:
+    """A plain block, or the first `rows` tokens of its output, that shows its class row."""
+    x = state.tokens
+    y, row = block.attn.with_class_row(block.norm1(x), bias, rows, state.grid)
+    attended[number] = over_patches(state, row)
+    x = x if rows is None else x[:, :rows]
+    return state._replace(tokens=block.add_mlp(block.add_attention(x, y)))
 
 
 def _sharing(
@@ -270,7 +319,12 @@ def _sharing(
 
 
 def _hooked(
-    block: Block, state: TokenState, number: int, reducer: Reducer, shows: bool
+    block: Block,
+    state: TokenState,
+    number: int,
+    reducer: Reducer,
+    shows: bool,
+    attended: dict[int, Tensor] | None,
 ) -> tuple[TokenState, Tensor | None]:
     """A block with an active reducer: each hook at its place. With the attention map (dropout
     applied) where it `shows` it to later blocks."""
@@ -278,8 +332,16 @@ def _hooked(
     if replaced is not None:
         return replaced, None
     state = reducer.before_attention(state, number)
-    attend = _mapped if shows or "full_map" in reducer.wants(number) else _fused
-    state, y, stats, used = attend(block, state, number, reducer)
+    wanted = reducer.wants(number)
+    attend = _mapped if shows or "full_map" in wanted else _fused
+    needs = wanted | CLASS_ROW if number in (attended or ()) else wanted
+    before = state
+    state, y, stats, used = attend(block, state, number, reducer, needs)
+    if attended is not None and number in attended and stats.class_row is not None:
+        row = stats.class_row.detach().float().mean(dim=1)
+        attended[number] = over_patches(before, row)
+        if attend is _fused and "class_row" not in wanted:
+            stats = stats._replace(class_row=None)
     state = state._replace(tokens=block.add_attention(state.tokens, y))
     state = reducer.after_attention(state, number, stats)
     state = state._replace(tokens=block.add_mlp(state.tokens))
@@ -287,18 +349,19 @@ def _hooked(
 
 
 def _fused(
-    block: Block, state: TokenState, number: int, reducer: Reducer
+    block: Block, state: TokenState, number: int, reducer: Reducer, needs: frozenset[str]
 ) -> tuple[TokenState, Tensor, AttentionStats, None]:
     """Attention by the fused kernel, and what is wanted beside it."""
     normed, bias = block.norm1(state.tokens), reducer.bias(state, number)
-    return state, *block.attn.inspected(normed, bias, reducer.wants(number)), None
+    return state, *block.attn.inspected(normed, bias, needs), None
 
 
 def _mapped(
-    block: Block, state: TokenState, number: int, reducer: Reducer
+    block: Block, state: TokenState, number: int, reducer: Reducer, needs: frozenset[str]
 ) -> tuple[TokenState, Tensor, AttentionStats, Tensor]:
     """Attention by its full map, which the reducer may change together with the tokens, and last
     the map that was used."""
+    del needs  # everything is there
     normed = block.norm1(state.tokens)
     q, k = block.attn.qk(normed)
     attention = block.attn.map(q, k, reducer.bias(state, number))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The box that CutMix cuts from images and MixToken from token grids."""
+"""The box that CutMix and ResizeMix cut from images and MixToken from token grids."""
 
 from __future__ import annotations
 
@@ -18,14 +18,26 @@ class Box(NamedTuple):
 
 
 def box(height: int, width: int, lam: float, row: int, column: int) -> Box:
-    """The box of a drawn lam in [0, 1] with its centre at the drawn (row, column).
+    """The box of a drawn lam in [0, 1]: `scaled_box` with the side ratio sqrt(1 - lam)."""
+    return scaled_box(height, width, math.sqrt(1 - lam), row, column)
 
-    Its sides are int(height sqrt(1 - lam)) and int(width sqrt(1 - lam)), less one where that is
-    odd, before the border clips them; `lam` of the result is counted from what is left.
+
+def scaled_box(
+    height: int, width: int, ratio: float, row: int, column: int, *, least: int = 0
+) -> Box:
+    """The box of a side ratio in [0, 1] with its centre at the drawn (row, column).
+
+    Its sides are int(height ratio) and int(width ratio), less one where that is odd, before the
+    border clips them; `lam` of the result is counted from what is left. least: a side is never
+    shorter, 0 or 1.
     """
-    share = math.sqrt(1 - lam)
-    tall, wide = int(height * share) // 2, int(width * share) // 2
-    top, bottom = max(0, row - tall), min(height, row + tall)
-    left, right = max(0, column - wide), min(width, column + wide)
+    top, bottom = _side(height, ratio, row, least)
+    left, right = _side(width, ratio, column, least)
     area = (bottom - top) * (right - left)
     return Box(top, bottom, left, right, 1 - area / (height * width))
+
+
+def _side(length: int, ratio: float, centre: int, least: int) -> tuple[int, int]:
+    half = int(length * ratio) // 2
+    start, end = max(0, centre - half), min(length, centre + half)
+    return start, max(end, start + least)

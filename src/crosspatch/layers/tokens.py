@@ -167,6 +167,16 @@ def recover(state: TokenState) -> Tensor:
     return take(state.tokens, state.source.clamp(min=0)) * seen.to(state.tokens.dtype)
 
 
+def over_patches(state: TokenState, row: Tensor) -> Tensor:
+    """(B, P): what every token has of `row` (B, N), shared evenly by the patches of the full grid
+    that it stands for; 0 where none does."""
+    if state.source is None:
+        return row[:, state.n_prefix :]
+    seen, place = (state.source >= 0).to(row.dtype), state.source.clamp(min=0)
+    counts = torch.zeros_like(row).scatter_add(1, place, seen)
+    return (row / counts.clamp(min=1)).gather(1, place) * seen
+
+
 def mean_patch(tokens: Tensor, n_prefix: int, sizes: Tensor | None) -> Tensor:
     """(B, C): the mean of the patch tokens (B, N, C), each weighed by its size (B, N) if given."""
     patches = tokens[:, n_prefix:]

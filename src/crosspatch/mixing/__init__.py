@@ -15,17 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+AREA, PROGRESSIVE, HALFWAY = "area", "progressive", "halfway"
+
 
 class Mixing(NamedTuple):
     """What was mixed: image b holds `lam[b]` of itself and the rest of image `partner[b]`.
 
     partner: (B,) int64; lam: (B,) float32 in [0, 1]; mask: (B, 1, H, W) float32, 1 where the image
-    kept its own pixels, or None where all pixels were blended alike.
+    kept its own pixels, or None where all pixels were blended alike. rule: how often the own label
+    counts, `AREA` = lam times; `PROGRESSIVE` (`mixing/mixpro.py`) and `HALFWAY`
+    (`mixing/transmix.py`) ask what the model attends to as well, and have a mask.
     """
 
     partner: Tensor
     lam: Tensor
     mask: Tensor | None
+    rule: str = AREA
 
 
 class Mixer(Protocol):

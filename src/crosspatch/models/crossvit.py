@@ -168,18 +168,25 @@ class CrossViT(nn.Module):
         return states
 
     def run(
-        self, states: States, collect: Collection[int] = (), *, reducers: Any = "own"
+        self,
+        states: States,
+        collect: Collection[int] = (),
+        *,
+        reducers: Any = "own",
+        attended: list[Tensor] | None = None,
     ) -> tuple[States, dict[int, States]]:
         """All encoders over the states; the states after the encoders in `collect`, by number.
 
-        reducers: one per branch (or None), in the place of the model's own.
+        reducers: one per branch (or None), in the place of the model's own. attended: it is given
+        what the class token of each branch attends to in the last fusion (`CrossEncoder.fuse`).
         """
         hooks = self.reducers if isinstance(reducers, str) else reducers
         collected: dict[int, States] = {}
         first = [0] * len(states)
         encoders: Any = self.blocks
         for number, encoder in enumerate(encoders):
-            states = encoder(states, first, hooks, self.grad_checkpointing)
+            shown = attended if number == len(encoders) - 1 else None
+            states = encoder(states, first, hooks, self.grad_checkpointing, shown)
             first = [n + len(b) for n, b in zip(first, encoder.blocks, strict=True)]
             if number in collect:
                 collected[number] = states

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from crosspatch.layers.attention import Attention, CrossAttention
 from crosspatch.layers.block import BlockOptions, BlockSpec, make_blocks, run_blocks
 from crosspatch.layers.linear import Linear
-from crosspatch.layers.tokens import TokenState
+from crosspatch.layers.tokens import TokenState, over_patches
 
 States = list[TokenState]
 
@@ -45,6 +45,11 @@ class ClassCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return x[:, :1] + self.drop_path(self.attn(self.norm1(x), bias))
+
+    @torch.no_grad()
+    def class_row(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, N): what the class token attends to, the mean over the heads."""
+        return self.attn.class_row(self.norm1(x), bias).float().mean(dim=1)
 
 
 def projection(dim_in: int, dim_out: int, options: BlockOptions) -> nn.Sequential:
@@ -76,18 +81,25 @@ class MultiScaleEncoder(nn.Module):
             self.blocks.append(nn.Sequential(*make_blocks(dim, specs, options, drop_paths[:depth])))
 
     def forward(
-        self, states: States, first: Sequence[int], reducers: Sequence[Any], checkpointing: bool
+        self,
+        states: States,
+        first: Sequence[int],
+        reducers: Sequence[Any],
+        checkpointing: bool,
+        attended: list[Tensor] | None = None,
     ) -> States:
-        """first: the number of each branch's first block, counted over all encoders."""
+        """first: the number of each branch's first block, counted over all encoders; attended: see
+        `CrossEncoder.fuse`."""
         rows = zip(self.blocks, states, first, reducers, strict=True)
         states = [
             run_blocks(blocks, state, first=number, reducer=reducer, checkpointing=checkpointing)[0]
             for blocks, state, number, reducer in rows
         ]
-        return self.fuse(states)
+        return self.fuse(states, attended)
 
-    def fuse(self, states: States) -> States:
+    def fuse(self, states: States, attended: list[Tensor] | None = None) -> States:
         """All branches at once, from the states after their blocks."""
+        del attended
         return states
 
 
@@ -107,15 +119,21 @@ class CrossEncoder(MultiScaleEncoder):
             self.fusion.append(nn.Sequential(*layers) if layers else make())
         self.revert_projs = nn.ModuleList(projection(other, own, options) for own, other in pairs)
 
-    def fuse(self, states: States) -> States:
+    def fuse(self, states: States, attended: list[Tensor] | None = None) -> States:
+        """attended: it is given, branch by branch, what the class token attends to over the full
+        grid of the NEXT branch (B, P): the mean over the heads, before dropout, without a
+        gradient."""
         fused = []
         for i, state in enumerate(states):
             other = states[(i + 1) % len(states)]
             query = self.projs[i](state.tokens[:, :1])
             y = torch.cat([query, other.patches], dim=1)
             bias = other.sizes.log() if other.sizes is not None else None
-            layers = self.fusion[i]
-            for layer in layers if isinstance(layers, nn.Sequential) else (layers,):
+            stack = self.fusion[i]
+            layers: Any = stack if isinstance(stack, nn.Sequential) else (stack,)
+            if attended is not None:
+                attended.append(over_patches(other, layers[0].class_row(y, bias)))
+            for layer in layers:
                 y, bias = layer(y, bias), None
             fused.append(_with_class(state, self.revert_projs[i](y)))
         return fused
@@ -130,7 +148,8 @@ class ClassTokenEncoder(MultiScaleEncoder):
         self.projs = nn.ModuleList(projection(dim, width, options) for dim in dims)
         self.revert_projs = nn.ModuleList(projection(width, dim, options) for dim in dims)
 
-    def fuse(self, states: States) -> States:
+    def fuse(self, states: States, attended: list[Tensor] | None = None) -> States:
+        del attended
         classes = [f(s.tokens[:, :1]) for f, s in zip(self.projs, states, strict=True)]
         total = torch.stack(classes).sum(dim=0)
         return [_with_class(s, g(total)) for g, s in zip(self.revert_projs, states, strict=True)]
@@ -148,7 +167,8 @@ class AllTokensEncoder(MultiScaleEncoder):
         self.drop_path = DropPath(drop_paths[-1]) if drop_paths[-1] > 0 else nn.Identity()
         self.revert_projs = nn.ModuleList(projection(width, dim, options) for dim in dims)
 
-    def fuse(self, states: States) -> States:
+    def fuse(self, states: States, attended: list[Tensor] | None = None) -> States:
+        del attended
         projected = [f(s.tokens) for f, s in zip(self.projs, states, strict=True)]
         x = torch.cat(projected, dim=1)
         bias = None

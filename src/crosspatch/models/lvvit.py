@@ -120,11 +120,7 @@ class LVViT(VisionTransformer):
         the stem, and their logits exchanged back. Raises ValueError without an auxiliary head.
         """
         state = self.embed(x)
-        if box is not None:
-            prefix = state.tokens[:, : state.n_prefix]
-            mixed = swap(state.patches, state.grid, box)
-            state = state._replace(tokens=torch.cat([prefix, mixed], dim=1))
-        state, _ = self.run(state)
+        state, _ = self.run(state if box is None else mix_tokens(state, box))
         state = state._replace(tokens=self.norm(state.tokens))
         patches = self._dense(state)
         if box is not None:
@@ -227,6 +223,12 @@ def swap(patches: Tensor, grid: tuple[int, int], box: Box) -> Tensor:
     wide = (columns >= box.left) & (columns < box.right)
     inside = (tall[:, None] & wide).flatten()
     return torch.where(inside[:, None], patches.flip(0), patches)
+
+
+def mix_tokens(state: TokenState, box: Box) -> TokenState:
+    """The state before the first block with the patches in the box from the batch in reverse."""
+    mixed = swap(state.patches, state.grid, box)
+    return state._replace(tokens=torch.cat([state.tokens[:, : state.n_prefix], mixed], dim=1))
 
 
 def _aux(dim: int, num_classes: int) -> nn.Module:

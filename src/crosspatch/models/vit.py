@@ -33,6 +33,7 @@ from timm.layers import QuickGELU, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import Attention
 from crosspatch.layers.block import BlockOptions, BlockSpec, run_blocks
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import Table, resize_table, resize_tables
@@ -45,6 +46,7 @@ ACTIVATIONS = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "quick_gelu": QuickGELU,
 }
+UNREAD = ("mask_token", "head1")  # in a released file
 # (in_chans, dim, patch_size) to a module from images (B, C, H, W) to patch tokens (B, h*w, dim)
 Stem = Callable[[int, int, tuple[int, int]], nn.Module]
 
@@ -56,6 +58,7 @@ class VisionTransformer(nn.Module):
     dist_token: DeiT's distillation token with a head of its own. stem: "patch", "conv" (small
     pictures) or a `Stem`. residual_scale: a constant factor of both branches of every block.
     pos_margin: how positions are resized to another grid (`layers.position.resize_table`).
+    attention: the class of every block's.
     img_size: the side or (H, W) that positions are laid out for; other inputs raise ValueError
     unless `dynamic_img_size`, which resizes the positions on the way.
     """
@@ -96,6 +99,7 @@ class VisionTransformer(nn.Module):
         stem: str | Stem = "patch",
         residual_scale: float = 1.0,
         pos_margin: float = 0.0,
+        attention: type[Attention] = Attention,
         stages: Sequence[StageSpec] | None = None,
     ) -> None:
         super().__init__()
@@ -137,6 +141,7 @@ class VisionTransformer(nn.Module):
             residual_scale=residual_scale,
             norm=norm,
             act=ACTIVATIONS[act_layer],
+            attention=attention,
             attn_drop=attn_drop_rate,
             proj_drop=proj_drop_rate,
         )
@@ -192,12 +197,13 @@ class VisionTransformer(nn.Module):
         *,
         pooled: bool = False,
         reducer: Reducer | str | None = "own",
+        attended: dict[int, Tensor] | None = None,
     ) -> tuple[TokenState, dict[int, TokenState]]:
         """All blocks over the state; the states after the blocks in `collect`, by number.
 
         pooled: only what `pool` reads is needed; where that is the prefix tokens, the last block
         computes no patch (1/12 of a DeiT, the same numbers) and the state has none. reducer: takes
-        the place of the model's own.
+        the place of the model's own. attended: see `run_blocks`.
         """
         collected, first, maps = {}, 0, {}
         hooks: Any = self.reducer if isinstance(reducer, str) else reducer
@@ -215,6 +221,7 @@ class VisionTransformer(nn.Module):
                 checkpointing=self.grad_checkpointing,
                 maps=maps,
                 last_rows=self.num_prefix_tokens if short and spec is self.stages[-1] else None,
+                attended=attended,
             )
             collected.update(found)
             first += len(spec.blocks)
@@ -441,6 +448,9 @@ def checkpoint_filter_fn(
 ) -> dict[str, Tensor]:
     """A released state dict, made to fit `model`: unwrapped, positions resized to the model's grid.
 
-    Takes DeiT's files ({"model": …}) and timm's. Raises ValueError where a table is no square grid.
+    Takes DeiT's files ({"model": …}), timm's, and MixPro's, whose mask token and second head its
+    network never reads. Raises ValueError where a table is no square grid.
     """
-    return resize_tables(state_dict.get("model", state_dict), model.position_tables())
+    found = state_dict.get("model", state_dict)
+    read = {k: v for k, v in found.items() if k.partition(".")[0] not in UNREAD}
+    return resize_tables(read, model.position_tables())

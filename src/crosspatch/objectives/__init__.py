@@ -19,7 +19,8 @@ class Inputs(NamedTuple):
     that the mean over ranks equals one process); index: (B,) int64, places of the pictures in the
     training set; warp: (B, 2, 3), where a point of the augmented picture lies in the stored one,
     both in [-1, 1] (`data.augment.Steering`), or None where no objective reads it; views: the same
-    pictures at the further sizes of the recipe, each augmented for itself, (B, 3, H_i, W_i).
+    pictures at the further sizes of the recipe, each augmented for itself, (B, 3, H_i, W_i); items:
+    (B,) int64, places of the pictures in the source that the training set was taken from.
     """
 
     images: Tensor
@@ -29,6 +30,7 @@ class Inputs(NamedTuple):
     index: Tensor | None = None
     warp: Tensor | None = None
     views: tuple[Tensor, ...] = ()
+    items: Tensor | None = None
 
 
 class Given(NamedTuple):

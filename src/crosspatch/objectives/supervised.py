@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning from labels: the task's loss with label smoothing, batch mixing and class weights."""
+"""Learning from labels: the task's loss with label smoothing, batch mixing and class weights.
+
+Where a mixing's label follows the attention (`Mixing.rule`), the pass that gives the logits gives
+the class token's attention too; with several class tokens (CrossViT) the share of attention is the
+mean over them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosspatch.errors import UsageError
-from crosspatch.mixing import Mixing, OneOf, draws
+from crosspatch.mixing import AREA, PROGRESSIVE, Mixing, OneOf, draws
+from crosspatch.mixing.mixpro import attention_share, progressive
+from crosspatch.mixing.transmix import halfway
+from crosspatch.models.class_row import ClassRow, logits_and_class_rows
 from crosspatch.objectives import Given, Inputs
 from crosspatch.tasks.classify import Classify
 from crosspatch.tasks.multilabel import MultiLabel
@@ -41,6 +50,9 @@ class Supervised(nn.Module):
     """Whether a loss with weights is divided by the sum of the weights in the batch, as torch's
     cross-entropy does, and not by the number of pictures."""
 
+    reads_warp = False
+    """Whether `Inputs.warp` is asked for."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -63,9 +75,21 @@ class Supervised(nn.Module):
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The loss of one batch: the mean over the global batch, in nats."""
-        images, targets, _ = self.mixed(inputs, progress)
-        loss = self.task.loss(self.model(images), targets).sum() * inputs.scale
+        logits, targets = self.answered(inputs, progress)
+        loss = self.task.loss(logits, targets).sum() * inputs.scale
         return {"loss": loss, "parts": {}}
+
+    def answered(self, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
+        """The model's logits (B, K) and the soft targets (B, K) of a batch after its mixing, by the
+        rule of that mixing."""
+        images, targets, mixing = self.mixed(inputs, progress)
+        if mixing is None or mixing.rule == AREA:
+            return self.model(images), targets
+        logits, rows = logits_and_class_rows(self.model, images)
+        soft = self.task.targets(inputs.labels, mixing, self.smoothing)
+        told = mixing._replace(lam=attended_lam(mixing, rows, soft, logits))
+        smoothing = 0.0 if mixing.rule == PROGRESSIVE else self.smoothing
+        return logits, self.targets(inputs.labels, told, progress, smoothing)
 
     def mixed(self, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor, Mixing | None]:
         """Images and soft targets (B, K) of a batch after its mixing, and what was mixed."""
@@ -78,10 +102,14 @@ class Supervised(nn.Module):
             return inputs.images, None
         return self.mixer(inputs.images, draws(*inputs.draw))
 
-    def targets(self, labels: Tensor, mixing: Mixing | None, progress: float) -> Tensor:
-        """What the task's loss takes for these labels: smoothed, mixed, weighted (B, K)."""
+    def targets(
+        self, labels: Tensor, mixing: Mixing | None, progress: float, smoothing: float | None = None
+    ) -> Tensor:
+        """What the task's loss takes for these labels: smoothed, mixed, weighted (B, K); smoothing:
+        another than the objective's own."""
         weights = self.weights_at(progress)
-        targets = self.task.targets(labels, mixing, self.smoothing, weights)
+        smoothing = self.smoothing if smoothing is None else smoothing
+        targets = self.task.targets(labels, mixing, smoothing, weights)
         if weights is None or not self.weighted_mean:
             return targets
         return targets / mean_weight(targets.sum(dim=1))  # a row sums to its picture's weight
@@ -118,8 +146,32 @@ class Supervised(nn.Module):
     def averaged(self) -> nn.Module:
         return self.model
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is said of it beside the plan's reasons, in sentences."""
+        return []
+
     def no_decay(self) -> set[str]:
         """The names that the model's own `no_weight_decay` gives, as this module names them."""
         if not hasattr(self.model, "no_weight_decay"):
             return set()
         return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+
+def attended_lam(mixing: Mixing, rows: Sequence[ClassRow], soft: Tensor, logits: Tensor) -> Tensor:
+    """How often the own label of each mixed image counts, (B,), by a rule that asks the attention.
+
+    rows: of `logits_and_class_rows`; soft: the labels mixed by area (B, K); logits: (B, K).
+    """
+    mask, mode = mixing.mask, "area" if mixing.rule == PROGRESSIVE else "nearest"
+    if mask is None:
+        raise ValueError(f"a mixing without a mask cannot follow the rule {mixing.rule!r}")
+    shares = []
+    for row in rows:
+        seen = mask[:, :, : row.extent[0], : row.extent[1]]
+        kept = F.interpolate(seen, row.grid, mode=mode).flatten(1)
+        shares.append(attention_share(row.attention, kept))
+    share = torch.stack(shares).mean(dim=0)
+    if mixing.rule == PROGRESSIVE:
+        return progressive(mixing.lam, share, soft, logits)
+    return halfway(mixing.lam, share)

@@ -44,9 +44,9 @@ def head_figures(
 
     whole: the figures of the mean (`Classify.metrics`). All processes of the team take part.
     """
-    if not isinstance(model, VisionTransformer) or not isinstance(task, Classify):
+    if not isinstance(model, VisionTransformer) or model.head_dist is None:
         return []
-    if model.head_dist is None:
+    if not isinstance(task, Classify):
         return []
     logits = predict_probabilities(
         EachHead(model),

@@ -26,6 +26,7 @@ from crosspatch.training.pictures import Pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
 from crosspatch.training.stepper import Stepper
+from crosspatch.training.teacher import describe_cost
 
 WARM, TIMED = 2, 5
 FEWER_THREADS = 1.4  # half the threads must be this much faster, so that a quiet machine keeps all
@@ -64,6 +65,7 @@ def settle_length(
         most = team.share(int(min(1e9, RANGE_SHARE * left / per_step)))
         recipe = settle_rate(recipe, pictures, reasons, most)
     objective = _timed_on(recipe, pictures)
+    reasons += _of_objective(objective, recipe, per_step)
     per_eval = measure_evaluation(recipe, objective, pictures.validation)
     if recipe.time_budget is None:
         if "eval_every" not in given:
@@ -74,6 +76,13 @@ def settle_length(
         recipe, why = plans.fit_to_time(recipe, per_step, per_eval, left - tail - compiling, given)
         reasons.append(why)
     return recipe, compiling + plans.run_seconds(recipe, per_step, per_eval)
+
+
+def _of_objective(objective: Any, recipe: Recipe, per_step: float) -> list[str]:
+    """What an objective says of itself, and what its teacher costs."""
+    teacher = getattr(objective, "teacher", None)
+    cost = [describe_cost(teacher, recipe, per_step)] if teacher is not None else []
+    return [*objective.remarks, *cost]
 
 
 def settle_rate(recipe: Recipe, pictures: Pictures, reasons: list[str], most: int) -> Recipe:

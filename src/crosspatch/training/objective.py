@@ -8,30 +8,20 @@ A run has one objective. `--objective NAME:option=value,…` names it; `--reduce
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from crosspatch.errors import UsageError, near
-from crosspatch.mixing import OneOf
-from crosspatch.mixing.cutmix import Cutmix
-from crosspatch.mixing.deit import BatchCutmix, BatchMixup
-from crosspatch.mixing.mixup import Mixup
 from crosspatch.objectives import Given
 from crosspatch.objectives.supervised import Supervised
 from crosspatch.tasks import make_task
 from crosspatch.tokens.spec import METHODS, parse_options
+from crosspatch.training.mix import make_mixer
 from crosspatch.training.package import build_model
 from crosspatch.training.recipe import EFFECTIVES, Recipe
 from crosspatch.training.teacher import load_teacher
-
-MIXER_OF: dict[str, Callable] = {
-    "mixup": Mixup,
-    "cutmix": Cutmix,
-    "mixup-batch": BatchMixup,
-    "cutmix-batch": BatchCutmix,
-}
 
 AUTO, SUPERVISED = "auto", "supervised"
 OBJECTIVES = {
@@ -53,7 +43,6 @@ DISTILS = ("soft", "hard", "scalekd")
 WANTS = {
     "distill": ("teacher", "--teacher RUN"),
     "scalekd": ("teacher", "--teacher RUN"),
-    "token-labeling": ("labels", "--labels FILE, which crosspatch label writes"),
     "resformer": ("sizes", "--sizes 24,16"),
 }
 """What an objective cannot do without, and how it is typed."""
@@ -62,6 +51,8 @@ GIVES = {"labels": ("token-labeling",), "sizes": ("resformer",),
 """What only some objectives read."""
 OWN_RECIPES = {"deit-lt": "deit-lt"}
 """The recipe of an objective that has one of its own."""
+UNMIXED = ("token-labeling",)
+"""Objectives whose pictures are not mixed: a recipe's own mixing is left out for them."""
 FORM = "NAME or NAME:option=value,…, such as ldam:margin=0.5"
 
 
@@ -106,6 +97,12 @@ def resolve_objective(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if name == "distill" and "kind" not in options and "distill" in given:
         options = {"kind": distill, **options}
     _require_whole(name, given)
+    if name in UNMIXED and given.get("mix") not in (None, "none", ()):
+        raise UsageError(
+            f"--mix {given['mix']} with the objective {name}",
+            "whole pictures: a mixed one has no label at a place",
+            "--mix none, or leave --mix away",
+        )
     return name, options
 
 
@@ -135,14 +132,6 @@ def _require_whole(name: str, given: Mapping[str, Any]) -> None:
             )
 
 
-def make_mixer(recipe: Recipe) -> OneOf | None:
-    """The batch mixing of a recipe, or None."""
-    if not recipe.mix:
-        return None
-    mixers = [MIXER_OF[n](a) for n, a in zip(recipe.mix, recipe.mix_alpha, strict=True)]
-    return OneOf(mixers, recipe.mix_prob)
-
-
 def make_objective(
     recipe: Recipe, classes: tuple[str, ...], model: nn.Module | None = None
 ) -> Supervised:
@@ -162,7 +151,7 @@ def make_objective(
     module = build_model(recipe, len(classes)) if model is None else model
     rules: dict[str, Any] = {
         "smoothing": recipe.smoothing,
-        "mixer": make_mixer(recipe),
+        "mixer": make_mixer(recipe, module),
         "weights": recipe.class_weights,
         "deferred": recipe.deferred,
     }

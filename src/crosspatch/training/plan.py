@@ -27,6 +27,7 @@ from crosspatch.training.objective import (
     AUTO,
     OWN_RECIPES,
     SUPERVISED,
+    UNMIXED,
     parse_objective,
     resolve_objective,
 )
@@ -177,6 +178,8 @@ def plan(
             f"Sharpness-aware steps of radius {recipe.sam:g}: two passes each, so they take about "
             "twice as long."
         )
+    if recipe.objective in UNMIXED:
+        reasons.append(f"Pictures are not mixed: {recipe.objective} mixes patches, if anything.")
     return recipe, reasons
 
 
@@ -283,6 +286,8 @@ def with_steps(recipe: Recipe, steps: int, overrides: Mapping[str, Any] | None =
     freeze = round(source.FREEZE * steps) if recipe.weights else 0
     how = {"steps": steps, "warmup": round(warmup), "freeze": freeze, "augment": augment}
     changed = replace(recipe, **how, **length)
+    if recipe.objective in UNMIXED:
+        changed = replace(changed, mix=(), mix_prob=(), mix_alpha=())
     return _apply(changed, given)
 
 

@@ -16,7 +16,10 @@ from crosspatch.tasks import TASKS
 from crosspatch.tokens.spec import parse
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-MIXERS = ("mixup", "cutmix", "mixup-batch", "cutmix-batch")
+MIXERS = (
+    "mixup", "cutmix", "mixup-batch", "cutmix-batch", "resizemix", "resizemix-beta", "maskmix",
+    "mixpro", "transmix",
+)  # fmt: skip
 SCHEDULES = ("cosine", "epochs")
 OPTIMISERS = ("adamw-fused", "adamw-foreach", "sgd")
 EFFECTIVES = ("effective", "drw")

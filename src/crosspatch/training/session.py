@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from crosspatch.data.opening import open_source
 from crosspatch.data.sources import Source
 from crosspatch.data.split import SPLITS, Split
 from crosspatch.errors import UsageError
@@ -19,7 +18,7 @@ from crosspatch.training import team
 from crosspatch.training.judge import finish, split_sizes, weight
 from crosspatch.training.loop import fit
 from crosspatch.training.objective import make_objective
-from crosspatch.training.pictures import Pictures, read_pictures
+from crosspatch.training.pictures import Pictures, open_source, read_pictures
 from crosspatch.training.probe import fit_probe
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.reporter import Reporter, Silent

@@ -20,15 +20,18 @@ from crosspatch.training import plan as plans
 from crosspatch.training import team
 from crosspatch.training.balance import resolve_balance
 from crosspatch.training.measure import resolve_products, settle_length
-from crosspatch.training.objective import check_objective
+from crosspatch.training.mix import require_mixable
+from crosspatch.training.objective import check_objective, make_objective
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
 from crosspatch.training.reporter import Reporter
 from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
+from crosspatch.training.sizes import describe_sizes, settle_sizes
 from crosspatch.training.taught import Course, learns_first, require_teachable
 from crosspatch.training.teacher import find_teacher, refuse_taught
+from crosspatch.training.token_labels import find_labels, refuse_labels
 from crosspatch.training.warmstart import plan_with_weights
 from crosspatch.versions import installed
 
@@ -52,7 +55,7 @@ def start_run(
     """
     course.asked = {"data": str(spec), "reading": reading, "asked": given}
     given, machine = with_defaults(source, given), machines.look()
-    recipe, pictures, reasons = _planned(source, given, machine, reporter, course)
+    recipe, pictures, reasons = planned(source, given, machine, reporter, course)
     recipe, estimate = settle_length(recipe, pictures, given, reasons, course.began)
     recipe = Recipe.from_dict(team.share(recipe.to_dict()))
     if not recipe.penalties:
@@ -82,15 +85,17 @@ def start_run(
     return recipe, pictures, config
 
 
-def _planned(
+def planned(
     source: Source,
     given: dict[str, Any],
     machine: machines.Machine,
     reporter: Reporter,
-    course: Course,
+    course: Course | None = None,
 ) -> tuple[Recipe, Pictures, list[str]]:
     """(recipe but for its length, pictures, reasons). What is planned for the pictures that are
-    there decides how they are decoded; those that can be read, what is trained."""
+    there decides how they are decoded; those that can be read, what is trained. Nothing is
+    written; without a `course` no teacher is trained. Raises UsageError and DataError for what
+    cannot be."""
     seed, look = given.get("split_seed", given.get("seed", 0)), survey(source)
     guess = make_split(source, seed=seed)
     shape = (look, len(guess.train), len(source.classes), machine)
@@ -98,22 +103,32 @@ def _planned(
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
     check_objective(first)
+    task = "multilabel" if source.multi else "classify"
     require_teachable(first, source)
+    _require_taught(first, teacher, source)
+    require_mixable(first, len(source.classes), task)
+    labels = find_labels(given.get("labels"), source, first)
+    first = settle_sizes(first, len(source.classes))
     prepared = read_pictures(source, first, reporter)
-    split = course.split or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
+    told = course.split if course else None
+    split = told or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
     pictures = Pictures(source, prepared, split, source.fingerprint())
     require_alike(pictures)
-    if not teacher and learns_first(first):
+    if course and not teacher and learns_first(first):
         teacher = course.teach(given, first, look.median_side, pictures)
     refuse_taught(teacher, pictures)
+    refuse_labels(labels, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
     recipe, reasons = beginning.plan(shape, pictures)
-    kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
+    kept = {
+        key: getattr(first, key) for key in ("model", "model_args", "size", "store", "fit", "sizes")
+    }
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
-    task = "multilabel" if source.multi else "classify"
     recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
     recipe = replace(recipe, teacher=teacher, class_counts=tuple(pictures.counts().tolist()))
+    recipe = replace(recipe, labels=labels)
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
+    reasons += describe_sizes(recipe)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     if load_recipe(recipe.name).RANGE and "lr" not in given:
         reporter.message("looking for the rate: some steps of a copy, thrown away afterwards")
@@ -128,6 +143,22 @@ def _require_able(recipe: Recipe) -> None:
             "one process: a linear probe takes seconds",
             "leave --devices away",
         )
+
+
+def _require_taught(recipe: Recipe, teacher: dict[str, str], source: Source) -> None:
+    """Raises what `make_objective` does for a teacher that cannot teach, before a picture is
+    read."""
+    if teacher and recipe.penalties:
+        raise UsageError(
+            f"--teacher with --recipe {recipe.name}",
+            "a recipe that trains a network; a linear probe fits a head to labels",
+            "leave --teacher away, or take --recipe finetune",
+        )
+    if teacher:
+        task = "multilabel" if source.multi else "classify"
+        counts = (1,) * len(source.classes)
+        asked = replace(recipe, teacher=teacher, task=task, class_counts=counts, weights={})
+        make_objective(asked, source.classes)
 
 
 def require_alike(pictures: Pictures) -> None:
