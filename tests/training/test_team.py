@@ -16,6 +16,7 @@ from support import team_work
 from support.ranks import together
 
 CASES = {
+    "flat": {"sam": 0.05, "balance": "drw", "class_weights": [0.5, 0.7, 1.8], "deferred": 0.3},
     "plain": {},
     "uneven": {"batch": 7},
     "small set": {"batch": 64, "steps_per_epoch": 1, "steps": 20},

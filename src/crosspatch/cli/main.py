@@ -49,6 +49,10 @@ DATA_VERBS = {
         "crosspatch.cli.data_longtail:longtail",
         "Write pictures with a long tail: fewer from class to class.",
     ),
+    "unlearnable": (
+        "crosspatch.cli.data_unlearnable:unlearnable",
+        "Write copies that are hard to learn from (an experiment).",
+    ),
 }
 ROOMS = {"data": ("Make other data sets out of one.", DATA_VERBS)}
 """Verbs that hold verbs: `crosspatch data longtail …`."""

@@ -102,13 +102,13 @@ def planned(
     teacher = find_teacher(given["teacher"]) if given.get("teacher") else {}
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
-    check_objective(first)
     task = "multilabel" if source.multi else "classify"
     require_teachable(first, source)
     _require_taught(first, teacher, source)
     require_mixable(first, len(source.classes), task)
     labels = find_labels(given.get("labels"), source, first)
     first = settle_sizes(first, len(source.classes))
+    check_objective(first)
     prepared = read_pictures(source, first, reporter)
     told = course.split if course else None
     split = told or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
