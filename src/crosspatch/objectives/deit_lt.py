@@ -196,6 +196,10 @@ class DeitLT(Supervised):
         return images, self.task.targets(inputs.labels, mixing, self.smoothing)
 
     @classmethod
+    def check(cls, options: dict[str, Any]) -> None:
+        check_options(options)
+
+    @classmethod
     def build(cls, model: nn.Module, task: Any, rules: dict[str, Any], given: Given) -> Self:
         options = check_options(given.options)
         if given.teacher is None:

@@ -9,6 +9,7 @@ the two was interrupted.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 from crosspatch.data.sources import Source
 from crosspatch.data.split import Split
 from crosspatch.errors import DataError, UsageError
-from crosspatch.objectives.deit_lt import check_options, require_student
+from crosspatch.objectives.deit_lt import require_student
 from crosspatch.training import team
 from crosspatch.training.package import build_model
 from crosspatch.training.pictures import Pictures
@@ -90,8 +91,6 @@ class Course:
 
     def _count_time(self, out: Path) -> None:
         """The teacher's seconds count, also those before an interruption."""
-        import json
-
         if not team.first():
             return
         report = json.loads(RunFolder(out).report_path.read_text(encoding="utf-8"))
@@ -128,7 +127,6 @@ def require_teachable(recipe: Recipe, source: Source) -> None:
     """Raises UsageError for what DeiT-LT cannot be trained with, before a picture is read."""
     if not learns_first(recipe):
         return
-    check_options(recipe.objective_args)
     if source.multi:
         raise UsageError(
             f"the objective {DEIT_LT} for pictures with several labels",
