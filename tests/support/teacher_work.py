@@ -11,9 +11,8 @@ from crosspatch.training.teacher import find_teacher
 from support.tiny import Stripes, tiny_recipe
 
 
-def losses(folder: str, teacher: str) -> dict[str, list[float]]:
+def losses(teacher: str) -> dict[str, list[float]]:
     """The losses of four steps of each objective that has a teacher."""
-    del folder
     return {name: _losses(name, teacher) for name in ("distill", "scalekd")}
 
 

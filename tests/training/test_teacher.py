@@ -126,9 +126,8 @@ def test_a_reduced_student_in_bfloat16_learns(opened, taught, tmp_path, distill)
 def test_two_processes_reach_the_losses_of_one(taught, tmp_path):
     teacher, rows = taught(), {}
     for world in (1, 2):
-        (tmp_path / str(world)).mkdir()
-        given = {"folder": str(tmp_path / str(world)), "teacher": teacher}
-        rows[world] = together(world, "support.teacher_work:losses", tmp_path, **given)[0]
+        where = "support.teacher_work:losses"
+        rows[world] = together(world, where, tmp_path, teacher=teacher)[0]
     for name, one in rows[1].items():
         assert one == pytest.approx(rows[2][name], rel=1e-4), name
 
