@@ -23,6 +23,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import crosspatch._torchvision  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import crosspatch._torchvision  # noqa: F401
+
 import torch
 from torch import nn
 
