@@ -95,11 +95,10 @@ class MultiScaleEncoder(nn.Module):
             run_blocks(blocks, state, first=number, reducer=reducer, checkpointing=checkpointing)[0]
             for blocks, state, number, reducer in rows
         ]
-        return self.fuse(states, attended)
+        return self.fuse(states) if attended is None else self.fuse(states, attended)
 
-    def fuse(self, states: States, attended: list[Tensor] | None = None) -> States:
+    def fuse(self, states: States) -> States:
         """All branches at once, from the states after their blocks."""
-        del attended
         return states
 
 
@@ -148,8 +147,7 @@ class ClassTokenEncoder(MultiScaleEncoder):
         self.projs = nn.ModuleList(projection(dim, width, options) for dim in dims)
         self.revert_projs = nn.ModuleList(projection(width, dim, options) for dim in dims)
 
-    def fuse(self, states: States, attended: list[Tensor] | None = None) -> States:
-        del attended
+    def fuse(self, states: States) -> States:
         classes = [f(s.tokens[:, :1]) for f, s in zip(self.projs, states, strict=True)]
         total = torch.stack(classes).sum(dim=0)
         return [_with_class(s, g(total)) for g, s in zip(self.revert_projs, states, strict=True)]
@@ -167,8 +165,7 @@ class AllTokensEncoder(MultiScaleEncoder):
         self.drop_path = DropPath(drop_paths[-1]) if drop_paths[-1] > 0 else nn.Identity()
         self.revert_projs = nn.ModuleList(projection(width, dim, options) for dim in dims)
 
-    def fuse(self, states: States, attended: list[Tensor] | None = None) -> States:
-        del attended
+    def fuse(self, states: States) -> States:
         projected = [f(s.tokens) for f, s in zip(self.projs, states, strict=True)]
         x = torch.cat(projected, dim=1)
         bias = None
