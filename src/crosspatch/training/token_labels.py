@@ -85,6 +85,11 @@ def label_pictures(
         raise UsageError(f"token labels of {spec}, whose pictures may have several labels",
                          "one label to a picture", "leave --multi-label away")  # fmt: skip
     record, teacher, about, preprocess = _prepared(source, asked, wish)
+    if about.grid == (1, 1):
+        reporter.message(
+            f"The teacher's map of {preprocess.size[0]}x{preprocess.size[1]} pixels has one place: "
+            "all patches of a picture get one label (--size of more pixels gives more places)."
+        )
     draft = Draft(out, about, len(source))
     taught = _taught(record, source)
     todo = draft.todo
