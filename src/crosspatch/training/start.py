@@ -95,9 +95,10 @@ def _planned(
     pictures = Pictures(source, prepared, split, source.fingerprint())
     require_alike(pictures)
     refuse_taught(teacher, pictures)
-    refuse_labels(labels, pictures)
+    said = refuse_labels(labels, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
     recipe, reasons = beginning.plan(shape, pictures)
+    reasons += said
     kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     task = "multilabel" if source.multi else "classify"
