@@ -13,10 +13,10 @@ from crosspatch.data.augment import (
     AugmentConfig,
     _amounts,
     _planar,
-    _sample,
     augment,
     draws,
     normalise,
+    sample,
     steer,
 )
 from crosspatch.data.preprocess import Preprocess
@@ -120,7 +120,7 @@ def test_a_half_turn_is_exact():
     table[0, 7] = 1.0
     images = pictures(1)
     warp = steer(table, config, SIZE).warp
-    torch.testing.assert_close(_sample(_planar(images), warp, (12, 16)), _planar(images).flip(2, 3))
+    torch.testing.assert_close(sample(_planar(images), warp, (12, 16)), _planar(images).flip(2, 3))
 
 
 def test_a_quarter_turn_keeps_squares_square():
@@ -135,7 +135,7 @@ def test_the_grid_is_torchs_affine_grid():
     warp = steer(draws(torch.arange(8), seed=0, epoch=0), STRONG, SIZE).warp
     grid = F.affine_grid(warp, [8, 3, 9, 7], align_corners=False)
     expected = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
-    torch.testing.assert_close(_sample(images, warp, (9, 7)), expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(sample(images, warp, (9, 7)), expected, rtol=1e-4, atol=1e-2)
 
 
 @given(st.floats(0.1, 1.0), st.floats(0.5, 1.0), st.integers(0, 100))
@@ -208,7 +208,7 @@ def test_a_shift_is_a_part_of_the_side():
     table = np.full((1, 24), 0.5)
     table[0, 6] = 1.0
     warp = steer(table, AugmentConfig(shift=2 / 16), SIZE).warp
-    moved = _sample(_planar(ramp), warp, (12, 16))
+    moved = sample(_planar(ramp), warp, (12, 16))
     torch.testing.assert_close(moved[0, 0, 5, :14], torch.arange(2.0, 16.0) * 10)
 
 

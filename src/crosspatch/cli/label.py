@@ -11,6 +11,8 @@ from cyclopts import Parameter
 
 from crosspatch.cli.options import DATA, Columns, Output, at_least, side, typed
 
+HARDLY = 0.5  # of the pictures named rightly: less is warned of
+
 
 def label(
     data: Annotated[str, Parameter(help=DATA)],
@@ -90,6 +92,8 @@ def _print(screen: Any, summary: dict[str, Any]) -> None:
         f"  the picture's class is named at {words.percent(found['places'])} of the places, and "
         f"by the mean of {words.percent(found['pictures'])} of the pictures{fresh}"
     )
+    if (found["pictures"] if unseen is None else unseen) < HARDLY:
+        screen.line("  that is little: a student learns to be as wrong as its teacher", "yellow")
     screen.line(
         f"  labelled in {words.duration(summary['seconds'])}, "
         f"{summary['images_per_second']:,.0f} pictures a second"

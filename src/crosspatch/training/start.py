@@ -117,9 +117,10 @@ def planned(
     if course and not teacher and learns_first(first):
         teacher = course.teach(given, first, look.median_side, pictures)
     refuse_taught(teacher, pictures)
-    refuse_labels(labels, pictures)
+    said = refuse_labels(labels, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
     recipe, reasons = beginning.plan(shape, pictures)
+    reasons += said
     kept = {
         key: getattr(first, key) for key in ("model", "model_args", "size", "store", "fit", "sizes")
     }

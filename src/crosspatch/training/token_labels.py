@@ -85,6 +85,11 @@ def label_pictures(
         raise UsageError(f"token labels of {spec}, whose pictures may have several labels",
                          "one label to a picture", "leave --multi-label away")  # fmt: skip
     record, teacher, about, preprocess = _prepared(source, asked, wish)
+    if about.grid == (1, 1):
+        reporter.message(
+            f"The teacher's map of {preprocess.size[0]}x{preprocess.size[1]} pixels has one place: "
+            "all patches of a picture get one label (--size of more pixels gives more places)."
+        )
     draft = Draft(out, about, len(source))
     taught = _taught(record, source)
     todo = draft.todo
@@ -280,13 +285,18 @@ def find_labels(asked: str | None, source: Source, recipe: Recipe) -> dict[str, 
     return {"path": str(path.resolve()), "sha256": labels.sha256}
 
 
-def refuse_labels(record: Mapping[str, str], pictures: Pictures) -> None:
-    """Raises DataError where a training picture has no labels, and UsageError where their teacher
-    was trained on pictures that would judge its student here."""
+def refuse_labels(record: Mapping[str, str], pictures: Pictures) -> list[str]:
+    """Sentences on the labels of a recipe, where it has some.
+
+    Raises DataError where a training picture has no labels, and UsageError where their teacher was
+    trained on pictures that would judge its student here.
+    """
     if not record:
-        return
+        return []
     labels, split = TokenLabels(record["path"], record["sha256"]), pictures.split
     judging = np.concatenate([split.val, split.test])
     labels.require_rows(split.train, judging, [item.key for item in pictures.source.items])
     if Path(labels.about.teacher.get("path", "-")).exists():
         refuse_taught(labels.about.teacher, pictures)
+    about, (rows, columns) = labels.about, labels.about.grid
+    return [f"Every patch has a label by {about.teacher['where']}, of {rows}x{columns} a picture."]
