@@ -92,6 +92,7 @@ FAMILIES = {
         {"img_size": 32, "depth": 1, "embed_dim": 24},
     ),
     "psvit": ("psvit_micro_32", {}),
+    "resformer, oblong": ("resformer_micro_32", {"depth": 2, "img_size": (32, 24)}),
     "evo deit": (
         "evo_deit_tiny_patch16_224",
         {"img_size": 64, "depth": 3, "embed_dim": 24, "num_heads": 3},
