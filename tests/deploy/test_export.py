@@ -95,6 +95,7 @@ FAMILIES = {
     "psvit": ("psvit_micro_32", {}),
     "resnet": ("resnet_micro_32", {}),
     "resnet, oblong, odd": ("resnet_micro_32", {"img_size": (26, 35)}),
+    "resformer, oblong": ("resformer_micro_32", {"depth": 2, "img_size": (32, 24)}),
     "evo deit": (
         "evo_deit_tiny_patch16_224",
         {"img_size": 64, "depth": 3, "embed_dim": 24, "num_heads": 3},

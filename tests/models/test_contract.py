@@ -25,6 +25,7 @@ MICRO = {
     "stvit_r_micro_32": {"depths": (1, 6, 1)},
     "psvit_micro_32": {},
     "resnet_micro_32": {},
+    "resformer_micro_32": {},
 }
 SIDE = {"crossvit_9_dagger_224": 64}
 

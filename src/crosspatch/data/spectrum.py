@@ -35,8 +35,9 @@ REACH, NEAR, FAR = 8, 3, 5  # largest lag; lags of a kernel; the first that are 
 SHAPE = 6  # side of the thumbnail whose mirrored difference is the control
 FEW, LEAST = 10, 100  # pictures of a class, and of all, below which nothing can be told
 MOST = 400  # of a class that are looked at
-SURE, EXCESS = 4.0, 0.03
-"""Standard errors, and share of what is above chance, that (1) must be above the rest."""
+SURE, CONTROL, EXCESS = 4.0, 2.0, 0.03
+"""Standard errors that (1) must be above chance, and above (2) and (3); and the least share of what
+is above chance."""
 FOLDS = 5
 
 
@@ -89,7 +90,7 @@ def class_kernels(
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} pictures and {len(labels)} labels")
     sides = np.array([min(image.shape[:2]) for image in images])
-    tile = next((side for side in SIDES if np.mean(sides >= side) > 0.5), None)
+    tile = next((side for side in SIDES if 2 * np.sum(sides >= side) > len(sides)), None)
     if tile is None:
         return None
     chosen = _chosen(labels, sides >= tile, seed)
@@ -107,8 +108,9 @@ def class_kernels(
     )
     chance = 1 / len(kinds)
     error = np.sqrt(chance * (1 - chance) * np.mean(1 / np.bincount(known)) / len(kinds))
-    excess = max(SURE * error, EXCESS * (1 - chance))
-    needed = max(chance, *accuracies[2:]) + excess
+    least = EXCESS * (1 - chance)
+    above = max(accuracies[2:]) + max(CONTROL * error, least)
+    needed = max(chance + max(SURE * error, least), above)
     return SpectrumFinding(*accuracies, chance, float(needed), len(chosen), len(kinds))
 
 

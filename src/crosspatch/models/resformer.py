@@ -65,6 +65,12 @@ class ResFormer(VisionTransformer):
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         return self.pos_embed(grid)
 
+    @property
+    def reads_prefix(self) -> bool:
+        """Not while training: the last block's local positions would have no gradient at all, for
+        which several processes would wait."""
+        return super().reads_prefix and not self.training
+
     def position_tables(self) -> dict:
         """None: positions are computed."""
         return {}

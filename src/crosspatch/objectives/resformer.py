@@ -158,11 +158,16 @@ def _check_model(model: nn.Module) -> None:
         raise UsageError(
             f"training at several sizes with a {type(model).__name__}, which {why}",
             "a network that computes at the size it is given",
-            "--model resformer_tiny_patch16",
+            "--model resformer_tiny_patch16 (resformer_micro_32 for pictures of 32 pixels)",
         )
     if any(reducers_of(model)):
-        raise UsageError(
-            "training at several sizes with a token reduction",
-            "one of the two: a schedule of tokens belongs to one size",
-            "leave --reduce or --sizes away",
-        )
+        raise refuse_reduced()
+
+
+def refuse_reduced() -> UsageError:
+    """Why a model with fewer tokens is not trained at several sizes."""
+    return UsageError(
+        "training at several sizes with a token reduction",
+        "one of the two: a schedule of tokens belongs to one size",
+        "leave --reduce or --sizes away",
+    )

@@ -11,7 +11,8 @@ from torch import nn
 
 from crosspatch.errors import UsageError
 from crosspatch.layers.patch_embed import pair
-from crosspatch.models.crossvit import CrossViT
+from crosspatch.objectives import Given
+from crosspatch.objectives.resformer import MultiSize, refuse_reduced
 from crosspatch.training.package import Trained, build_model
 from crosspatch.training.recipe import Recipe
 
@@ -27,8 +28,8 @@ def settle_sizes(recipe: Recipe, classes: int) -> Recipe:
     """The recipe with its further sizes from the largest to the smallest, and a model that takes
     them all: where it can be told to, `model_args` says so, and so does the trained model.
 
-    Raises UsageError for sizes that are not smaller than the model's, come twice or leave no whole
-    number of patches, and for a network that takes but one.
+    Raises UsageError for wrong options of the objective, sizes that are not smaller than the
+    model's, come twice or leave no whole number of patches, and for a network that takes but one.
     """
     if not recipe.sizes:
         return recipe
@@ -44,6 +45,9 @@ def settle_sizes(recipe: Recipe, classes: int) -> Recipe:
         model = _shape(freed, classes)
     except UsageError:  # it does not know the word: a convolutional network needs none
         freed, model = recipe, _shape(recipe, classes)
+    if recipe.reduce:
+        raise refuse_reduced()
+    MultiSize.build(model, None, {}, Given(recipe.objective_args))
     _check(recipe, _patch(model))
     require_sizes(model, recipe.model, (recipe.size, *recipe.sizes))
     return freed
@@ -62,13 +66,6 @@ def describe_sizes(recipe: Recipe) -> list[str]:
 
 def require_sizes(model: nn.Module, name: str, sizes: tuple[Size, ...]) -> None:
     """Raises UsageError where `model`, on the meta device, does not take one of the sizes."""
-    if isinstance(model, CrossViT):
-        raise UsageError(
-            f"pictures of several sizes for {name}",
-            "a network that computes at the size it is given: a CrossViT first resizes everything "
-            "to the sizes of its branches",
-            DO,
-        )
     for size in sizes:
         try:
             with torch.no_grad():
