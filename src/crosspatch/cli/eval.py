@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
-from crosspatch.cli.options import DATA, MULTI, Columns, Output, at_least, typed
+from crosspatch.cli.options import DATA, MULTI, Columns, Output, at_least, side, typed
 from crosspatch.cli.predict import ENGINE, MODEL, Engine, check_target, existing_model, write_table
 from crosspatch.errors import DataError, UsageError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from crosspatch.data.sources import Source
+    from crosspatch.deploy.predictor import Predictor
 
 AUTO = (
     "Which pictures. auto: what the run kept for testing when DATA is what it was trained on, else "
@@ -33,6 +34,9 @@ def evaluate(
     split: Annotated[Literal["auto", "all", "train", "val", "test"], Parameter(help=AUTO)] = "auto",
     topk: Annotated[int, at_least(1, "--topk 5")] = 5,
     engine: Annotated[Engine, Parameter(help=ENGINE)] = "auto",
+    size: Annotated[
+        int | tuple[int, int] | None, Parameter(converter=side, n_tokens=1, metavar="N|HxW")
+    ] = None,
     csv: Annotated[Path | None, Parameter(metavar="FILE")] = None,
     multi_label: Annotated[bool, Parameter(help=f"{MULTI} A run of such labels knows it.")] = False,
     columns: Columns | None = None,
@@ -45,17 +49,22 @@ def evaluate(
     topk
         A picture counts for the second accuracy when its class is among so many; not used where
         pictures have several labels.
+    size
+        Show a run pictures of another size than its own, where its network takes several.
     csv
         Write one row per picture to this table.
     """
     output = output or Output()
     from crosspatch.cli.screen import Screen, print_json
+    from crosspatch.deploy.loading import MANY, load
 
     existing_model(run)
     check_target(csv)
     with Screen(stderr=output.json) as screen:
         reading = typed(columns or Columns())
-        found = _measure(screen, run, data, split, topk, engine, reading, multi_label)
+        shape = (size, size) if isinstance(size, int) else size
+        predictor = load(run, engine=engine, batch=MANY, size=shape)
+        found = _measure(screen, predictor, run, data, split, topk, reading, multi_label)
         if csv is not None:
             write_table(csv, found.rows)
         if not output.json:
@@ -64,7 +73,7 @@ def evaluate(
     if output.json:
         skipped = [{"path": path, "reason": reason} for path, reason in found.skipped]
         head = {"run": str(run), "engine": found.engine, "data": data, "split": found.split}
-        head["reduction"] = found.reduction
+        head |= {"reduction": found.reduction, "size": list(predictor.preprocess.size)}
         print_json({**head, **found.metrics, "skipped": skipped})
     return 0
 
@@ -84,20 +93,18 @@ class _Found(NamedTuple):
 
 def _measure(
     screen: Any,
+    predictor: Predictor,
     run: Path,
     data: str,
     split: str,
     topk: int,
-    engine: Engine,
     reading: dict[str, Any],
     multi_label: bool,
 ) -> _Found:
     from crosspatch.data.sources import match_classes
-    from crosspatch.deploy.loading import MANY, load
     from crosspatch.metrics.classification import topk as share_in_topk
     from crosspatch.tasks import make_task
 
-    predictor = load(run, engine=engine, batch=MANY)
     several = predictor.task == "multilabel"
     reading = reading or _reading_of_run(_folder(run), data)
     source = _opened(run, data, {**reading, "multi_label": several or multi_label}, several)

@@ -86,12 +86,13 @@ def augment(
     seed: int,
     config: AugmentConfig,
     preprocess: Preprocess,
+    stream: int = 0,
 ) -> torch.Tensor:
     """uint8 (B, H', W', 3), positions (B,) int64 -> float32 (B, 3, H, W), normalised.
 
-    With the neutral config this is `normalise`.
+    With the neutral config this is `normalise`. stream: 0 to 255, a table of draws each.
     """
-    table = draws(positions, seed=seed, epoch=epoch)
+    table = draws(positions, seed=seed, epoch=epoch, stream=stream)
     steering = Steering(*(part.to(images.device) for part in steer(table, config, preprocess)))
     if config.warps:
         pictures = sample(_planar(images), steering.warp, preprocess.size)
@@ -128,13 +129,19 @@ def normalise(images: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
     return _standardise(_planar(preprocess.centre(images)), preprocess)
 
 
-def draws(positions: torch.Tensor, *, seed: int, epoch: int) -> np.ndarray:
-    """Rows `positions` (B,) of the table of (seed, epoch): (B, 24), uniform in [0, 1)."""
+def shrunk(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """float (B, 3, H, W) -> (B, 3, *size), smaller: bicubic, antialiased as decoded pictures
+    are."""
+    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True)
+
+
+def draws(positions: torch.Tensor, *, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
+    """Rows `positions` (B,) of the table of (seed, epoch, stream): (B, 24), uniform in [0, 1)."""
     if not len(positions):
         return np.empty((0, _DRAWS))
     rows = positions.cpu().numpy()
     first = int(rows.min())
-    key = np.array([seed, _STREAM | epoch], dtype=np.uint64)
+    key = np.array([seed, _STREAM + (stream << 32) | epoch], dtype=np.uint64)
     philox = np.random.Philox(key=key, counter=first * (_DRAWS // 4))
     table = np.random.Generator(philox).random((int(rows.max()) + 1 - first, _DRAWS))
     return table[rows - first]

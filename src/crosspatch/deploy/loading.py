@@ -31,11 +31,13 @@ def load(
     threads: int | None = None,
     device: str | None = None,
     batch: int = 1,
+    size: tuple[int, int] | None = None,
 ) -> Predictor:
     """What a run folder or a bundle (.onnx, .xml) holds, ready to name pictures.
 
     engine: one of CHOICES; threads: None for a choice by measuring; device: torch's, for a run;
     batch: how many pictures will come at once (MANY for a pile), which the choice depends on.
+    size: (height, width) that a run's model is to see instead of its own, where it takes others.
     Raises UsageError for a path that is neither and for what cannot be had here, DataError for
     damaged files.
     """
@@ -49,7 +51,13 @@ def load(
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads", "one thread or more", "leave the number out")
     if path.is_dir():
-        return _load_run(path, engine, threads, device)
+        return _load_run(path, engine, threads, device, size)
+    if size is not None:
+        raise UsageError(
+            f"another size for the bundle {path}",
+            "the folder of a run: a bundle has one size",
+            "name the run, or leave --size out",
+        )
     bundle = read_bundle(path)
     if device not in (None, "cpu"):
         raise UsageError(
@@ -97,7 +105,13 @@ def weights_hash(run: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_run(run: Path, engine: str, threads: int | None, device: str | None) -> Predictor:
+def _load_run(
+    run: Path,
+    engine: str,
+    threads: int | None,
+    device: str | None,
+    size: tuple[int, int] | None,
+) -> Predictor:
     if engine not in ("auto", "torch"):
         raise UsageError(
             f"engine {engine} for the run {run}",
@@ -107,8 +121,9 @@ def _load_run(run: Path, engine: str, threads: int | None, device: str | None) -
         )
     from crosspatch.deploy.torch_engine import TorchEngine
     from crosspatch.training.package import load_model
+    from crosspatch.training.sizes import at_size
 
-    trained = load_model(run)
+    trained = load_model(run) if size is None else at_size(load_model(run), size)
     runner = TorchEngine(trained, threads, device=device)
     told = {"thresholds": trained.thresholds, "reduction": trained.reduction}
     return Predictor(runner, trained.classes, trained.preprocess, **told)

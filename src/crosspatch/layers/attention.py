@@ -23,8 +23,11 @@ class Attention(nn.Module):
     heads, qk, value: number of heads and the TOTAL widths of queries (= keys) and of values.
     shares: this layer has values only and is given another layer's map.
     Parameters carry timm's names: `qkv` (rows: queries, keys, values), `q_norm`, `k_norm`, `proj`.
+    gridded: whether `forward` asks where the patches lie, in subclasses that look at neighbours.
     Raises ValueError where a width is not divisible by the heads.
     """
+
+    gridded = False
 
     def __init__(
         self,
@@ -57,9 +60,16 @@ class Attention(nn.Module):
         self.proj = Linear(value, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        rows: int | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
         """x: (B, N, C), bias: (B, N) on the keys or None. Returns (B, N, C), or (B, rows, C): what
-        only the first `rows` tokens gather."""
+        only the first `rows` tokens gather. grid: rows and columns of the patches, the last tokens
+        of x, where it is `gridded`."""
         if rows is not None:
             return self.over(x[:, :rows], x, bias)
         return self.merge_heads(self._fused(*self.project(x), bias))
@@ -138,7 +148,11 @@ class Attention(nn.Module):
         return self.merge_heads(self._fused(q, k, v, bias)), AttentionStats(keys, row, full)
 
     def with_class_row(
-        self, x: Tensor, bias: Tensor | None = None, rows: int | None = None
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        rows: int | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`forward`, and beside its fused kernel the attention of the first token (B, N): the mean
         over the heads, before dropout, without a gradient."""
@@ -146,9 +160,11 @@ class Attention(nn.Module):
             q, k, v = self.project(x)
         else:
             q, (k, v) = self._queries(x[:, :rows]), self._keys_and_values(x)
-        with torch.no_grad():
-            row = self.class_row(q, k, bias).float().mean(dim=1)
-        return self.merge_heads(self._fused(q, k, v, bias)), row
+        return self.merge_heads(self._fused(q, k, v, bias)), self._mean_row(q, k, bias)
+
+    @torch.no_grad()
+    def _mean_row(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+        return self.class_row(q, k, bias).float().mean(dim=1)
 
     def keep_values(self) -> None:
         """Gives up queries and keys for good: from now on this layer is given another one's

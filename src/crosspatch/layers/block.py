@@ -50,8 +50,8 @@ class BlockSpec:
 class BlockOptions:
     """What all blocks of a network have in common besides their shapes.
 
-    init_values: LayerScale's, or None. residual_scale: a constant factor of both branches instead
-    of it (1/lambda in LV-ViT); ValueError where both are given.
+    attention: the class of it. init_values: LayerScale's, or None. residual_scale: a constant
+    factor of both branches instead of it (1/lambda in LV-ViT); ValueError where both are given.
     """
 
     qkv_bias: bool = True
@@ -61,6 +61,7 @@ class BlockOptions:
     residual_scale: float = 1.0
     norm: Callable[[int], nn.Module] = field(default=partial(nn.LayerNorm, eps=1e-6))
     act: Callable[[], nn.Module] = nn.GELU
+    attention: type[Attention] = Attention
     attn_drop: float = 0.0
     proj_drop: float = 0.0
 
@@ -101,7 +102,7 @@ class Block(nn.Module):
         self.mlp: Any = None
         if spec.heads:
             self.norm1 = options.norm(dim)
-            self.attn = Attention(
+            self.attn = options.attention(
                 dim,
                 spec.heads,
                 spec.qk,
@@ -125,15 +126,27 @@ class Block(nn.Module):
             )
             self.ls2, self.drop_path2 = _residual(dim, options, drop_path)
 
-    def forward(self, x: Tensor, rows: int | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rows: int | None = None,
+        bias: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
         """x: (B, N, C) to (B, N, C), or to the first `rows` tokens of that, (B, rows, C).
 
-        bias: (B, N) on the attention's keys, or None.
+        bias: (B, N) on the attention's keys, or None. grid: of the patches in x, where the block is
+        `gridded`.
         """
         y = x if rows is None else x[:, :rows]
         if self.attn is not None:
-            y = self.add_attention(y, self.attn(self.norm1(x), bias, rows))
+            y = self.add_attention(y, self.attn(self.norm1(x), bias, rows, grid))
         return self.add_mlp(y)
+
+    @property
+    def gridded(self) -> bool:
+        """Whether the attention looks at the neighbours of each patch: it needs the whole grid."""
+        return self.attn is not None and self.attn.gridded
 
     @property
     def observed(self) -> bool:
@@ -238,7 +251,7 @@ def _first_rows(
     bias = reducer.bias(state, number) if reducer else None
     if number in (attended or ()):
         return _shown(block, state, number, attended, rows, bias)
-    return state._replace(tokens=block(state.tokens, rows, bias))
+    return state._replace(tokens=block(state.tokens, rows, bias, state.grid))
 
 
 def _run_block(
@@ -251,6 +264,11 @@ def _run_block(
     checkpointing: bool,
     attended: dict[int, Tensor] | None,
 ) -> TokenState:
+    if block.gridded and (reducer is not None or state.source is not None):
+        raise ValueError(
+            f"the attention of block {number} looks at the neighbours of each patch: it takes the "
+            "whole grid, and no reducer"
+        )
     again = checkpointing and torch.is_grad_enabled()
     recomputed = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     if reducer is not None and block.attn is not None and block.spec.shares is None:
@@ -265,7 +283,7 @@ def _run_block(
         run = partial(recomputed, _shown) if again else _shown
         return run(block, state, number, attended)
     run = partial(recomputed, block) if again else block
-    return state._replace(tokens=run(state.tokens))
+    return state._replace(tokens=run(state.tokens, grid=state.grid))
 
 
 def _shown(
@@ -278,7 +296,7 @@ def _shown(
 ) -> TokenState:
     """A plain block, or the first `rows` tokens of its output, that shows its class row."""
     x = state.tokens
-    y, row = block.attn.with_class_row(block.norm1(x), bias, rows)
+    y, row = block.attn.with_class_row(block.norm1(x), bias, rows, state.grid)
     attended[number] = over_patches(state, row)
     x = x if rows is None else x[:, :rows]
     return state._replace(tokens=block.add_mlp(block.add_attention(x, y)))

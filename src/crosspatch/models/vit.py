@@ -33,6 +33,7 @@ from timm.layers import QuickGELU, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import Attention
 from crosspatch.layers.block import BlockOptions, BlockSpec, run_blocks
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import Table, resize_table, resize_tables
@@ -57,6 +58,7 @@ class VisionTransformer(nn.Module):
     dist_token: DeiT's distillation token with a head of its own. stem: "patch", "conv" (small
     pictures) or a `Stem`. residual_scale: a constant factor of both branches of every block.
     pos_margin: how positions are resized to another grid (`layers.position.resize_table`).
+    attention: the class of every block's.
     img_size: the side or (H, W) that positions are laid out for; other inputs raise ValueError
     unless `dynamic_img_size`, which resizes the positions on the way.
     """
@@ -97,6 +99,7 @@ class VisionTransformer(nn.Module):
         stem: str | Stem = "patch",
         residual_scale: float = 1.0,
         pos_margin: float = 0.0,
+        attention: type[Attention] = Attention,
         stages: Sequence[StageSpec] | None = None,
     ) -> None:
         super().__init__()
@@ -138,6 +141,7 @@ class VisionTransformer(nn.Module):
             residual_scale=residual_scale,
             norm=norm,
             act=ACTIVATIONS[act_layer],
+            attention=attention,
             attn_drop=attn_drop_rate,
             proj_drop=proj_drop_rate,
         )

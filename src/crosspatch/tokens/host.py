@@ -79,6 +79,12 @@ def hosts_of(model: nn.Module) -> tuple[Host, ...]:
                 "one grid of patches through all blocks",
                 "reduce a plain ViT, or train the network as it is",
             )
+        if any(isinstance(block, Block) and block.gridded for block in model.blocks):
+            raise UsageError(
+                f"a {type(model).__name__}, whose attention looks at the neighbours of each patch",
+                "a network that does not ask where the patches that are left lie",
+                "reduce a DeiT, or train the network as it is",
+            )
         blocks = tuple(model.blocks)
         shape = (model.num_prefix_tokens, model.grid, model.has_class_token)
         return (Host(blocks, widths, *shape, starts, model.num_classes, "the model"),)

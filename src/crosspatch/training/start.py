@@ -28,6 +28,7 @@ from crosspatch.training.recipes import load_recipe
 from crosspatch.training.reporter import Reporter
 from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
+from crosspatch.training.sizes import describe_sizes, settle_sizes
 from crosspatch.training.taught import Course, learns_first, require_teachable
 from crosspatch.training.teacher import find_teacher, refuse_taught
 from crosspatch.training.token_labels import find_labels, refuse_labels
@@ -101,11 +102,12 @@ def planned(
     teacher = find_teacher(given["teacher"]) if given.get("teacher") else {}
     first, beginning = plan_with_weights(shape, given, reporter)
     _require_able(first)
+    task = "multilabel" if source.multi else "classify"
     require_teachable(first, source)
     _require_taught(first, teacher, source)
-    task = "multilabel" if source.multi else "classify"
     require_mixable(first, len(source.classes), task)
     labels = find_labels(given.get("labels"), source, first)
+    first = settle_sizes(first, len(source.classes))
     prepared = read_pictures(source, first, reporter)
     told = course.split if course else None
     split = told or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
@@ -117,12 +119,15 @@ def planned(
     refuse_labels(labels, pictures)
     shape = (look, len(split.train), len(source.classes), machine)
     recipe, reasons = beginning.plan(shape, pictures)
-    kept = {key: getattr(first, key) for key in ("model", "size", "store", "fit")}
+    kept = {
+        key: getattr(first, key) for key in ("model", "model_args", "size", "store", "fit", "sizes")
+    }
     workers = 0 if prepared.images.cached else given.get("workers", max(1, machine.cores - 1))
     recipe = replace(recipe, **kept, workers=workers, task=task, devices=team.size())
     recipe = replace(recipe, teacher=teacher, class_counts=tuple(pictures.counts().tolist()))
     recipe = replace(recipe, labels=labels)
     recipe = resolve_balance(resolve_products(recipe), pictures.counts(), source.classes, reasons)
+    reasons += describe_sizes(recipe)
     reasons += [*source.remarks, *prepared.remarks, *gaps(source, split)]
     if load_recipe(recipe.name).RANGE and "lr" not in given:
         reporter.message("looking for the rate: some steps of a copy, thrown away afterwards")

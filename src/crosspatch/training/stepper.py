@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crosspatch.data.augment import augment, placement
+from crosspatch.data.augment import augment, placement, shrunk
 from crosspatch.data.loading import Batch
 from crosspatch.errors import UsageError
 from crosspatch.layers import linear
@@ -167,16 +167,18 @@ class Stepper:
         r, rank = self.recipe, self.fabric.global_rank
         seed_step(r.seed, step, rank, self.device)
         set_rate(self.optimiser, self.lr(step))
-        draws: Any = {"epoch": epoch, "seed": r.seed}
-        draws |= {"config": r.augment, "preprocess": self.preprocess}
-        stored = batch.images.to(self.device, non_blocking=True)
-        images, warp = augment(stored, batch.positions, **draws), None
-        if getattr(self.objective, "reads_warp", False):
-            warp = placement(batch.positions, **draws).to(self.device)
+        images, *views = self._augmented(batch, epoch)
         labels = batch.labels.to(self.device, non_blocking=True)
-        scale = self.fabric.world_size / batch.n_global
-        drawn = (r.seed, step, rank)
-        inputs = Inputs(images, labels, drawn, scale, batch.index, warp, items=batch.items)
+        inputs = Inputs(
+            images,
+            labels,
+            (r.seed, step, rank),
+            self.fabric.world_size / batch.n_global,
+            batch.index,
+            self._warp(batch, epoch),
+            tuple(views),
+            batch.items,
+        )
         self.head_first.before(step)
         loss = self._backward(inputs, step, batch.index)
         if r.sam > 0:
@@ -206,6 +208,29 @@ class Stepper:
         self.fabric.backward(loss)
         self.head_first.after(step)
         return loss
+
+    def _draws(self, epoch: int) -> dict[str, Any]:
+        """What the augmentation of an epoch is drawn by."""
+        r = self.recipe
+        return {
+            "epoch": epoch, "seed": r.seed, "config": r.augment, "preprocess": self.preprocess
+        }  # fmt: skip
+
+    def _augmented(self, batch: Batch, epoch: int) -> list[Tensor]:
+        """The pictures at the recipe's size and at each further one, each time with draws of their
+        own."""
+        stored = batch.images.to(self.device, non_blocking=True)
+        how = self._draws(epoch)
+        made = [augment(stored, batch.positions, **how)]
+        for number, size in enumerate(self.recipe.sizes, 1):
+            made.append(shrunk(augment(stored, batch.positions, **how, stream=number), size))
+        return made
+
+    def _warp(self, batch: Batch, epoch: int) -> Tensor | None:
+        """Where the augmented pictures lie in the stored ones, if the objective asks for it."""
+        if not getattr(self.objective, "reads_warp", False):
+            return None
+        return placement(batch.positions, **self._draws(epoch)).to(self.device)
 
     def mean_loss(self, step: int) -> float:
         """Mean loss since `reset_loss`, in nats, after `step` steps (waits for the device).
