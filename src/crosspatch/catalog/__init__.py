@@ -72,7 +72,9 @@ def load(slug: str, folder: Path = HERE) -> Entry:
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
         rows = tuple(_measured(row) for row in given.pop("measured", ()))
-        plain = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+        plain: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in given.items()
+        }
         entry = Entry(slug=slug, measured=rows, **plain)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} cannot be read ({error})", "an entry", "put it back") from error
