@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent / "results"
 STUDENT, PLAIN, TOKENS, SIZES = (
     "deit_micro_distilled_32", "vit_micro_32", "lvvit_micro_32", "resformer_micro_32",
 )  # fmt: skip
-TEACHER = {"model": "resnet32_cifar", "recipe": "cnn", "size": 32}
+TEACHER = {"model": "resnet20_cifar", "recipe": "cnn", "size": 32}
 SPEED = 250  # training pictures a second of the micro models with a thread, as a guess
 TESTED_AT = (16, 24, 32, 48)
 

@@ -36,6 +36,6 @@ def test_label_then_train(crosspatch, digits_run, pictures, tmp_path) -> None:
     assert (other.code, "of 5 classes" in other.err) == (3, True)
     assert not (tmp_path / "x" / "config.toml").exists()
     wrong = crosspatch("label", pictures, "--teacher", digits_run, "--out", tmp_path / "y")
-    assert (wrong.code, "names other classes" in wrong.err) == (2, True)
+    assert (wrong.code, "has other classes" in wrong.err) == (2, True)
     none = crosspatch("label", pictures)
     assert (none.code, "--teacher" in none.err) == (2, True)

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and not sys.warnoptions and "--debug" not in tokens:
         warnings.simplefilter("ignore")  # other packages' advice to programmers
     try:
-        result = app(tokens)
+        result = app.help_print(tokens[:-1]) if _asks_for_help(tokens) else app(tokens)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except BrokenPipeError:  # the reader of our output has seen enough (`crosspatch … | head`)
@@ -108,6 +108,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
     _tell(failure, as_json="--json" in tokens)
     return failure.exit_code
+
+
+def _asks_for_help(tokens: list[str]) -> bool:
+    """Whether it is `VERB --help` and nothing else, which needs no parsing of options: printed at
+    once it takes a third less time."""
+    match tokens:
+        case [verb, "--help" | "-h"]:
+            return verb in VERBS
+        case [room, verb, "--help" | "-h"]:
+            return room in ROOMS and verb in ROOMS[room][1]
+    return False
 
 
 def _three_parts(error: BaseException, tokens: list[str]) -> CrosspatchError:
