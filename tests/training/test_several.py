@@ -185,7 +185,7 @@ def test_auto_weighs_and_a_sampler_is_refused():
     mode, weights, reasons = choose_balance("auto", np.array([500, 6]), names, 1, True)
     assert (mode, weights[0]) == ("weights", 1.0)
     assert "common has 83.3 times the training pictures of rare" in reasons[0]
-    with pytest.raises(UsageError, match="brings all its classes along"):
+    with pytest.raises(UsageError, match="brings all its classes"):
         choose_balance("sampler", np.array([500, 6]), names, 1, True)
 
 

@@ -214,7 +214,7 @@ def test_teachers_and_wishes_that_cannot_label(labelled, opened, monkeypatch, tm
             label_pictures("stripes", asked, out, wish)
     other = Stripes(4, 4)
     monkeypatch.setattr(token_labels, "open_source", lambda spec: other)
-    with pytest.raises(UsageError, match="names other classes"):
+    with pytest.raises(UsageError, match="has other classes"):
         label_pictures("stripes", str(teacher), out)
     several = Stripes()
     several.multi = True

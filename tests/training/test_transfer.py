@@ -78,7 +78,7 @@ def test_positions_follow_the_size_though_no_grid_is_square(name, arguments):
     new = model(name, 3, 2, img_size=(48, 32), **arguments).eval()
     fill(new, old.state_dict(), where="w", rows=(0, 1, 2), tables=old.position_tables())
     for entry, table in new.position_tables().items():
-        (h, w), prefix = table
+        (h, w), prefix, _ = table
         found, theirs = new.get_parameter(entry), old.get_parameter(entry)
         assert found.shape[1] == prefix + h * w
         assert torch.equal(found[:, :prefix], theirs[:, :prefix])

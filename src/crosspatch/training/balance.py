@@ -120,7 +120,8 @@ def choose_balance(
     if several and asked in ("sampler", *EFFECTIVES):
         raise UsageError(
             f"--balance {asked} for pictures with several labels",
-            "weights: of several classes only the presence of each can be weighed",
+            "weights of the presence of each class: a picture that is shown more often brings all "
+            "its classes along",
             "--balance weights, or leave it away",
         )
     if asked in EFFECTIVES and not counts.all():
