@@ -10,7 +10,7 @@ and a picture of class y with the logits z the loss -log softmax(s (z - D_y e_y)
 The paper defers the weights of the classes to the end of the training (DRW): `--balance drw`.
 
 The authors' last layer gives cosines, in [-1, 1], which s = 30 makes logits of. Before the usual
-linear layer s = 30 trained better than s = 1 as well (docs/parts/longtail.md): its logits become so
+linear layer s = 30 trained better than s = 1 as well (docs/longtail.md): its logits become so
 much smaller, which the temperature, fitted after, takes back.
 
 Departures: the authors train on labels as they are. A mixed picture has here the mixture of both
