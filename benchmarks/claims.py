@@ -4,12 +4,12 @@
     python benchmarks/claims.py GROUP --data cifar10.tar.xz --out FOLDER
            [--epochs 12] [--seeds 3] [--pictures 10000] [--threads 1] [--catalog FOLDER]
 
-GROUP: mixing, distill, scalekd, longtail, tokens, resformer. `--data` holds train/CLASS/ and test/CLASS/ of
-pictures of 32 pixels, such as CIFAR-10. One group is one process, so groups may run side by side,
-with the same --out; what was stopped goes on when it is typed again. The first --pictures of train
-(as many of each class) are learnt from, 15 % of them choose, all of test judge; the long tail is
-drawn from the same. Whatever comes out is written into the catalog, good or bad, and the page
-of the comparison into benchmarks/results.
+GROUP: mixing, distill, scalekd, longtail, tokens, resformer. `--data` holds train/CLASS/ and
+test/CLASS/ of pictures of 32 pixels, such as CIFAR-10. One group is one process, so groups may run
+side by side, with the same --out; what was stopped goes on when it is typed again. The first
+--pictures of train (as many of each class) are learnt from, 15 % of them choose, all of test judge;
+the long tail is drawn from the same. Whatever comes out is written into the catalog, good or bad,
+and the page of the comparison into benchmarks/results.
 """
 
 from __future__ import annotations
