@@ -17,8 +17,9 @@ from crosspatch.errors import DataError, UsageError
 from crosspatch.mixing import OneOf
 from crosspatch.mixing.deit import BatchMixup
 from crosspatch.objectives import Given, Inputs
-from crosspatch.objectives.deit_lt import DeitLT, deit_lt_loss, effective_weights
+from crosspatch.objectives.deit_lt import DeitLT, deit_lt_loss
 from crosspatch.objectives.teacher import Scale, Teacher
+from crosspatch.objectives.uneven import effective_weights
 from crosspatch.tasks.classify import Classify
 from crosspatch.tasks.multilabel import MultiLabel
 from support import goldens
@@ -184,7 +185,7 @@ def test_what_cannot_be_is_refused():
         build({}, task=MultiLabel("abcde"))
     with pytest.raises(UsageError, match="without a teacher"):
         build({}, taught=False)
-    with pytest.raises(UsageError, match="e without a training picture"):
+    with pytest.raises(UsageError, match="e: a tail class without a training picture"):
         build({}, counts=(9, 9, 9, 9, 0))
     with pytest.raises(ValueError, match="every class needs"):
         effective_weights([3, 0])

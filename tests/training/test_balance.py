@@ -22,7 +22,7 @@ from crosspatch.training.balance import (
     BETA,
     choose_balance,
     class_weights,
-    effective_weights,
+    effective,
     resolve_balance,
 )
 from support import goldens
@@ -149,13 +149,13 @@ def test_a_linear_probe_weighs_every_picture_alike(make_recipe):
 
 def test_effective_weights_are_those_of_the_golden():
     golden = goldens.arrays("deit-lt/loss_drw")
-    found = effective_weights(golden["counts_c10_if100"])
+    found = effective(golden["counts_c10_if100"])
     np.testing.assert_allclose(found, golden["class_weights"], rtol=1e-6)
 
 
 @given(st.lists(st.integers(1, 100_000), min_size=1, max_size=30))
 def test_effective_weights_sum_to_the_classes_and_never_rise_with_the_pictures(numbers):
-    found = np.array(effective_weights(np.array(numbers)))
+    found = np.array(effective(np.array(numbers)))
     assert found.sum() == pytest.approx(len(numbers), rel=1e-6)
     assert (np.diff(found[np.argsort(numbers, kind="stable")]) <= 1e-9).all()
 

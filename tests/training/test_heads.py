@@ -21,7 +21,7 @@ def model():
 def test_the_mean_of_both_heads_is_what_the_model_says(model):
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
-        first, second = EachHead(model)(x).chunk(2, dim=1)
+        first, second = EachHead(model, model.head_dist)(x).chunk(2, dim=1)
         assert torch.allclose((first + second) / 2, model(x), atol=1e-6)
         assert not torch.allclose(first, second, atol=1e-3)
 

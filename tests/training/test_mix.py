@@ -9,11 +9,14 @@ import torch
 from crosspatch.errors import Interrupted, UsageError
 from crosspatch.models.registry import create_model
 from crosspatch.training import session, start
-from crosspatch.training.mix import make_mixer, patch_of, require_mixable, resolve_mix
+from crosspatch.training.mix import make_mixer, patch_of, resolve_mix
+from crosspatch.training.objective import rehearse
+from crosspatch.training.package import build_model
 from crosspatch.training.recipe import MIXERS, Recipe
 from crosspatch.training.run import RunFolder
 from support.loops import Stop, halt, same
 
+CLASSES = ("a", "b", "c")
 MICRO = {"model": "vit_micro_32", "size": 16, "batch": 16, "lr": 1e-3, "epochs": 1, "threads": 1}
 
 
@@ -85,15 +88,16 @@ def test_patches_of_models(name, size, patch):
 def test_attention_that_is_not_there_is_refused(make_recipe, change, reason, do):
     recipe = mixing(make_recipe, "mixpro", **change)
     with pytest.raises(UsageError, match=reason) as found:
-        require_mixable(recipe, 3, recipe.task)
+        rehearse(recipe, CLASSES)
     assert do in found.value.do
-    require_mixable(mixing(make_recipe, "maskmix", **change), 3, "classify")
+    other = mixing(make_recipe, "maskmix", **change)
+    assert make_mixer(other, build_model(other, len(CLASSES))) is not None
 
 
 def test_the_other_mixings_stay_in_what_is_to_be_typed(make_recipe):
     recipe = mixing(make_recipe, "mixup", "transmix", "cutmix", model="resnet18")
     with pytest.raises(UsageError, match="transmix") as found:
-        require_mixable(recipe, 3, "classify")
+        rehearse(recipe, CLASSES)
     assert found.value.do == "--mix mixup,cutmix"
 
 

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from crosspatch.cli import words
-from crosspatch.cli.options import DATA, MULTI, Columns, Output, at_least, seconds, typed
+from crosspatch.cli.options import (
+    DATA,
+    MULTI,
+    Columns,
+    Output,
+    at_least,
+    reading_of,
+    seconds,
+    typed,
+)
 from crosspatch.cli.train import Choices, Learnt, default_out, resumable
 from crosspatch.errors import UsageError
 
@@ -92,8 +101,7 @@ def compare(
     _check(tried, length, common)
     common = {key: str(v) if isinstance(v, Path) else v for key, v in common.items()}
     out = tried.out or default_out(data, tried.resume, FOLDERS)
-    reading = typed(columns or Columns()) | ({} if group is None else {"group": group})
-    reading |= {"multi_label": True} if multi_label else {}
+    reading = reading_of(columns, group, multi_label)
 
     from crosspatch.cli.screen import Screen, print_json
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -80,8 +78,9 @@ def unlearnable(
     output = output or Output()
     from crosspatch.cli.screen import Screen, print_json
     from crosspatch.data.opening import open_source
+    from crosspatch.data.written import check_new
 
-    _require_free(out)
+    check_new(out)
     source = open_source(data, least_classes=1, **typed(columns or Columns()))
     if source.multi:
         raise UsageError(
@@ -113,36 +112,26 @@ def write_copies(
 
     Raises UsageError where it cannot be written, DataError where no picture can be read.
     """
+    from crosspatch.data.written import whole_folder
     from crosspatch.mixing.cuda_unlearnable import make_filters
 
     chosen = [at for at, item in enumerate(source.items) if item.split in (None, "train")]
     filters = make_filters(rules.key, len(rules.classes), blur=rules.blur, kernel=rules.kernel)
     acts = filters.chosen(len(chosen), rules.part)
     folders = _folders(rules.classes)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".writing-unlearnable-", dir=out.parent) as shop:
-            made = Path(shop) / "set"
-            made.mkdir()
-            skipped, changed = _write(source, chosen, acts, filters.weights, rules.classes,
-                                      [made / name for name in folders], progress)  # fmt: skip
-            if len(skipped) == len(chosen):
-                raise DataError(
-                    f"none of {len(chosen):,} training pictures could be read",
-                    "pictures (JPEG, PNG, WebP, BMP, GIF or TIFF)",
-                    f"look at them; the first is {skipped[0]['path']}: {skipped[0]['reason']}"
-                    if skipped
-                    else "give a folder with pictures to train on",
-                )
-            about = {**_about(rules), "pictures": len(chosen) - len(skipped), "changed": changed}
-            (made / SIDECAR).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-            _require_free(out)
-            os.rename(made, out)
-    except OSError as error:
-        raise UsageError(
-            f"{out} cannot be written: {error.strerror or error}",
-            "a folder that you may write, with room for the copies",
-            "choose another place with --out",
-        ) from error
+    with whole_folder(out) as draft:
+        skipped, changed = _write(source, chosen, acts, filters.weights, rules.classes,
+                                  [draft / name for name in folders], progress)  # fmt: skip
+        if len(skipped) == len(chosen):
+            raise DataError(
+                f"none of {len(chosen):,} training pictures could be read",
+                "pictures (JPEG, PNG, WebP, BMP, GIF or TIFF)",
+                f"look at them; the first is {skipped[0]['path']}: {skipped[0]['reason']}"
+                if skipped
+                else "give a folder with pictures to train on",
+            )
+        about = {**_about(rules), "pictures": len(chosen) - len(skipped), "changed": changed}
+        (draft / SIDECAR).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return {**about, "skipped": skipped}
 
 
@@ -160,10 +149,11 @@ def _write(
     from PIL import Image
 
     from crosspatch.data.decode import UnreadableImage
+    from crosspatch.data.written import free_path
     from crosspatch.mixing.cuda_unlearnable import filtered
 
     place = {name: at for at, name in enumerate(classes)}
-    skipped, changed, taken = [], 0, set[Path]()
+    skipped, changed = [], 0
     for done, (index, act) in enumerate(zip(chosen, acts, strict=True), 1):
         item = source.items[index]
         number = place[source.named(item.label)]
@@ -174,20 +164,11 @@ def _write(
         else:
             folders[number].mkdir(exist_ok=True)
             copy = filtered(pixels, weights[number]) if act else pixels
-            Image.fromarray(copy).save(_free_name(folders[number], item.key, taken))
+            name = f"{_plain(Path(item.key).stem)}.png"
+            Image.fromarray(copy).save(free_path(folders[number], name))
             changed += bool(act)
         progress(done, len(chosen))
     return skipped, changed
-
-
-def _free_name(folder: Path, key: str, taken: set[Path]) -> Path:
-    """`folder`/NAME.png for the picture `key`, with a number behind it where that is taken."""
-    stem = _plain(Path(key).stem)
-    path, number = folder / f"{stem}.png", 2
-    while path in taken:
-        path, number = folder / f"{stem}-{number}.png", number + 1
-    taken.add(path)
-    return path
 
 
 def _plain(name: str) -> str:
@@ -206,18 +187,6 @@ def _folders(classes: tuple[str, ...]) -> list[str]:
             "rename one of them",
         )
     return names
-
-
-def _require_free(out: Path) -> None:
-    """Raises UsageError for a place where something stands, or whose folder is missing."""
-    if out.exists() or out.is_symlink():
-        raise UsageError(f"{out} exists", "the name of a new folder", "choose another --out")
-    if not out.parent.is_dir():
-        raise UsageError(
-            f"{out} would stand in {out.parent}, no such folder",
-            "a new folder in one that exists",
-            "make that folder first",
-        )
 
 
 def _check(rules: _Rules) -> _Rules:

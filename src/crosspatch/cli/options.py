@@ -72,6 +72,12 @@ def typed(options: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def reading_of(columns: Columns | None, group: str | None, multi_label: bool) -> dict[str, Any]:
+    """How data are read, as far as it was typed."""
+    found = typed(columns or Columns()) | ({} if group is None else {"group": group})
+    return found | ({"multi_label": True} if multi_label else {})
+
+
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 

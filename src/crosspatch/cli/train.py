@@ -23,6 +23,7 @@ from crosspatch.cli.options import (
     Output,
     at_least,
     positive,
+    reading_of,
     seconds,
     side,
     typed,
@@ -198,8 +199,7 @@ def train(
     count = overrides.get("devices") or _begun_with(out, folder.resume)
     if count > 1 and launch.world() == 1:
         return launch.launch([*TOKENS.get(), *([] if folder.out else ["--out", str(out)])], count)
-    reading = typed(columns or Columns()) | ({} if group is None else {"group": group})
-    reading |= {"multi_label": True} if multi_label else {}
+    reading = reading_of(columns, group, multi_label)
 
     from crosspatch.cli.screen import Screen, print_json
 

@@ -91,11 +91,16 @@ def _write(data: bytes | np.ndarray, place: Path, name: str) -> None:
         buffer = io.BytesIO()
         Image.fromarray(data).save(buffer, "png")
         data, name = buffer.getvalue(), f"{name}.png"
-    path, number = place / name, 1
+    free_path(place, name).write_bytes(data)
+
+
+def free_path(folder: Path, name: str) -> Path:
+    """`folder` / `name`, with a number behind its stem where that is taken."""
+    path, number = folder / name, 1
     while path.exists():
         number += 1
-        path = place / f"{Path(name).stem}-{number}{Path(name).suffix}"
-    path.write_bytes(data)
+        path = folder / f"{Path(name).stem}-{number}{Path(name).suffix}"
+    return path
 
 
 def _require_plain(name: str) -> None:

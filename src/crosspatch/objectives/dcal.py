@@ -15,7 +15,6 @@ picture is untested. The paper's triplet loss for re-identification is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,13 +46,11 @@ class DualCross(Supervised):
         model: nn.Module,
         task: Classify | MultiLabel,
         *,
-        smoothing: float = 0.0,
         mixer: OneOf | None = None,
-        weights: Sequence[float] = (),
-        deferred: float = 0.0,
+        **rules: Any,
     ) -> None:
         _check(model, task, mixer)
-        super().__init__(model, task, smoothing=smoothing, weights=weights, deferred=deferred)
+        super().__init__(model, task, **rules)
         self.loss_weights = nn.Parameter(torch.zeros(len(NAMES)))
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:

@@ -24,24 +24,23 @@ before it. The order of the classes is one for student and teacher, so that noth
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosspatch.errors import UsageError
-from crosspatch.mixing import OneOf
 from crosspatch.objectives import Given, Inputs
 from crosspatch.objectives.deit import soft_distillation
+from crosspatch.objectives.distill import has_token
+from crosspatch.objectives.options import Options
 from crosspatch.objectives.supervised import Supervised, mean_weight
 from crosspatch.objectives.teacher import Teacher
+from crosspatch.objectives.uneven import effective_weights, require_counts
 from crosspatch.tasks.classify import Classify
 from crosspatch.tasks.multilabel import MultiLabel
 
-BETA = 0.9999
 KINDS = ("hard", "soft")
 OPTIONS = {
     "drw": "from which part of the run on rare classes weigh more, 0 to 1 (0.9)",
@@ -51,7 +50,6 @@ OPTIONS = {
     "tau": "temperature of kind=soft, above 0 and up to 100 (3)",
 }
 """What `--objective deit-lt:…` takes."""
-EXAMPLE = "--objective deit-lt:drw=0.9,alpha=0.5"
 
 
 class Loss(NamedTuple):
@@ -61,19 +59,6 @@ class Loss(NamedTuple):
     total: Tensor
     base: Tensor
     distill: Tensor
-
-
-def effective_weights(counts: Sequence[int], beta: float = BETA) -> Tensor:
-    """counts: training pictures of each of K classes, at least 1 -> weights (K,) float64 by
-    effective numbers (arXiv 1901.05555, equation 6), which sum to K.
-
-    Raises ValueError for a class without a picture.
-    """
-    held = torch.tensor(list(counts), dtype=torch.float64)
-    if not len(held) or held.min() < 1:
-        raise ValueError(f"every class needs a training picture, got counts {list(counts)}")
-    weights = (1 - beta) / -torch.expm1(held * math.log(beta))
-    return weights * (len(held) / weights.sum())
 
 
 def deit_lt_loss(
@@ -156,10 +141,9 @@ class DeitLT(Supervised):
         weighted_base: bool = False,
         kind: str = "hard",
         tau: float = 3.0,
-        smoothing: float = 0.0,
-        mixer: OneOf | None = None,
+        **rules: Any,
     ) -> None:
-        super().__init__(model, task, smoothing=smoothing, mixer=mixer)
+        super().__init__(model, task, **rules)
         require_student(model)
         if isinstance(task, MultiLabel):
             raise UsageError(
@@ -167,7 +151,7 @@ class DeitLT(Supervised):
                 "one class to a picture: the teacher names one",
                 "leave --objective away",
             )
-        _require_each(counts, task)
+        require_counts("deit-lt", counts, task)
         self.teacher, self.drw, self.alpha = teacher, drw, alpha
         self.weighted_base, self.kind, self.tau = weighted_base, kind, tau
         self.register_buffer("counted", effective_weights(counts).float(), persistent=False)
@@ -196,12 +180,19 @@ class DeitLT(Supervised):
         return images, self.task.targets(inputs.labels, mixing, self.smoothing)
 
     @classmethod
-    def check(cls, options: dict[str, Any]) -> None:
-        check_options(options)
+    def read(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        asked = Options("deit-lt", options, OPTIONS)
+        return {
+            "drw": asked.number("drw", 0.9, high=1.0),
+            "alpha": asked.number("alpha", 0.5, high=1.0),
+            "weighted_base": asked.switch("weighted_base", False),
+            "kind": asked.word("kind", "hard", KINDS),
+            "tau": asked.number("tau", 3.0, above=True, high=100.0),
+        }
 
     @classmethod
     def build(cls, model: nn.Module, task: Any, rules: dict[str, Any], given: Given) -> Self:
-        options = check_options(given.options)
+        options = cls.read(given.options)
         if given.teacher is None:
             raise UsageError(
                 "the objective deit-lt without a teacher",
@@ -212,43 +203,12 @@ class DeitLT(Supervised):
         return cls(model, task, teacher=given.teacher, counts=given.counts, **options, **kept)
 
 
-def check_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `--objective deit-lt`. Raises UsageError for unknown and impossible ones."""
-    for name, value in options.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fine = {
-            "drw": number and 0 <= value <= 1,
-            "alpha": number and 0 <= value <= 1,
-            "weighted_base": isinstance(value, bool),
-            "kind": value in KINDS,
-            "tau": number and 0 < value <= 100,
-        }
-        if not fine.get(name, False):
-            raise UsageError(
-                f"--objective deit-lt:{name}={value}",
-                "; ".join(f"{key}: {text}" for key, text in OPTIONS.items()),
-                EXAMPLE,
-            )
-    return dict(options)
-
-
 def require_student(model: nn.Module) -> None:
     """Raises UsageError for a model without a distillation token."""
-    known = hasattr(model, "set_distilled_training")
-    if not known or not isinstance(getattr(model, "head_dist", None), nn.Module):
+    if not has_token(model):
         raise UsageError(
             f"the objective deit-lt with a {type(model).__name__} that has no distillation token",
             "a model with a head of its own for what the teacher says",
             "--model deit_micro_distilled_32 or deit_tiny_distilled_patch16_224, or leave --model "
             "away",
-        )
-
-
-def _require_each(counts: Sequence[int], task: Classify) -> None:
-    if len(counts) != len(task.classes) or min(counts) < 1:
-        none = [name for name, n in zip(task.classes, counts, strict=False) if n < 1]
-        raise UsageError(
-            f"{', '.join(none[:5]) or 'classes'} without a training picture",
-            "at least one of every class, to weigh it by",
-            "add pictures of it, or leave the class away",
         )

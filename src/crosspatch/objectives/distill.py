@@ -19,6 +19,7 @@ mean over pictures. Evo-LeViT's four heads are two such pairs, of which the mean
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,21 +74,25 @@ class Distill(Supervised):
             chosen.set_distilled_training(True)
 
     @classmethod
+    def read(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        asked = Options("distill", options, OPTIONS)
+        kind = asked.word("kind", "soft", KINDS)
+        if kind == "hard" and (unread := [key for key in ("tau", "per") if key in options]):
+            raise asked.wrong(unread[0])
+        return {
+            "kind": kind,
+            "alpha": asked.number("alpha", None, high=1.0),
+            "tau": asked.number("tau", TAU, above=True),
+            "per": asked.word("per", None, PER),
+        }
+
+    @classmethod
     def build(cls, model: nn.Module, task: Any, rules: dict[str, Any], given: Given) -> Supervised:
         """The objective of a recipe with a teacher. Raises UsageError; see `OPTIONS`."""
-        options = Options("distill", given.options, OPTIONS)
-        kind = options.word("kind", "soft", KINDS)
-        if kind == "hard" and (unread := [key for key in ("tau", "per") if key in given.options]):
-            raise options.wrong(unread[0])
-        made = {
-            "kind": kind,
-            "alpha": options.number("alpha", None, high=1.0),
-            "tau": options.number("tau", TAU, above=True),
-            "per": options.word("per", None, PER),
-        }
+        options = cls.read(given.options)
         if given.teacher is None:
             raise ValueError("distill learns from a teacher")
-        return cls(model, task, teacher=given.teacher, **made, **rules)
+        return cls(model, task, teacher=given.teacher, **options, **rules)
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The loss of one batch: the mean over the global batch, in nats."""

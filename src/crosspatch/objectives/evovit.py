@@ -12,12 +12,10 @@ evaluation does. Without a second head the loss is that of the model's own head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from crosspatch.mixing import OneOf
 from crosspatch.models.crossvit import CrossViT
 from crosspatch.objectives import Inputs
 from crosspatch.objectives.supervised import Supervised
@@ -40,15 +38,9 @@ class TwoHeads(Supervised):
         self,
         model: nn.Module,
         task: Classify | MultiLabel,
-        *,
-        smoothing: float = 0.0,
-        mixer: OneOf | None = None,
-        weights: Sequence[float] = (),
-        deferred: float = 0.0,
+        **rules: Any,
     ) -> None:
-        super().__init__(
-            model, task, smoothing=smoothing, mixer=mixer, weights=weights, deferred=deferred
-        )
+        super().__init__(model, task, **rules)
         if not any(isinstance(one, EvoViT) for one in reducers_of(model)):
             raise ValueError(f"a {type(model).__name__} without evovit; reduce it with that first")
 

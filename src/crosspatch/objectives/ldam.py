@@ -19,6 +19,7 @@ losses, each with the margin of its own label, and a smoothed label the margin o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -26,12 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosspatch.objectives import Given, Inputs
+from crosspatch.objectives.options import Options
 from crosspatch.objectives.supervised import Supervised, mean_weight
-from crosspatch.objectives.uneven import numbers_of, require_counts
+from crosspatch.objectives.uneven import require_counts
 
 SCALE = 30.0
-RANGES = {"margin": (0.0, 10.0), "scale": (0.0, 1000.0)}
-"""Option -> above which number, and up to which."""
+OPTIONS = {
+    "margin": "the rarest class's margin above 0, up to 10 (0.5)",
+    "scale": "the logits' scale above 0, up to 1000 (30)",
+}
 
 
 def margins(counts: Tensor, most: float = 0.5) -> Tensor:
@@ -54,7 +58,8 @@ def ldam_loss(
 
 class Ldam(Supervised):
     """Trains `model` on labels with margins. counts: (K,) training pictures of each class; margin:
-    of the rarest; scale: of the logits; rules: see `Supervised`."""
+    of the rarest; scale: of the logits; rules: see `Supervised`. Raises UsageError for a class
+    without a training picture."""
 
     margins: Tensor
 
@@ -63,12 +68,13 @@ class Ldam(Supervised):
         model: nn.Module,
         task: Any,
         *,
-        counts: tuple[int, ...],
+        counts: Sequence[int],
         margin: float = 0.5,
         scale: float = SCALE,
         **rules: Any,
     ) -> None:
         super().__init__(model, task, **rules)
+        require_counts("ldam", counts, task)
         self.scale = scale
         self.register_buffer("margins", margins(torch.tensor(counts), margin), persistent=False)
 
@@ -88,10 +94,13 @@ class Ldam(Supervised):
         return {"loss": loss.sum() * inputs.scale, "parts": {}}
 
     @classmethod
-    def check(cls, options: dict[str, Any]) -> None:
-        numbers_of("ldam", options, RANGES)
+    def read(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        asked = Options("ldam", options, OPTIONS)
+        return {
+            "margin": asked.number("margin", 0.5, above=True, high=10.0),
+            "scale": asked.number("scale", SCALE, above=True, high=1000.0),
+        }
 
     @classmethod
     def build(cls, model: nn.Module, task: Any, rules: dict[str, Any], given: Given) -> Self:
-        options = numbers_of("ldam", given.options, RANGES)
-        return cls(model, task, counts=require_counts("ldam", given, task), **options, **rules)
+        return cls(model, task, counts=given.counts, **cls.read(given.options), **rules)

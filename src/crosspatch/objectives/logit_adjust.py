@@ -10,17 +10,18 @@ equally often, and so it is used without. tau = 1 is consistent with the balance
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from crosspatch.objectives import Given, Inputs
+from crosspatch.objectives.options import Options
 from crosspatch.objectives.supervised import Supervised
-from crosspatch.objectives.uneven import numbers_of, require_counts
+from crosspatch.objectives.uneven import require_counts
 
-RANGES = {"tau": (0.0, 10.0)}
-"""Option -> above which number, and up to which."""
+OPTIONS = {"tau": "how much is taken out, tau above 0, up to 10 (1)"}
 
 
 def adjustment(counts: Tensor, tau: float = 1.0) -> Tensor:
@@ -34,7 +35,8 @@ def adjustment(counts: Tensor, tau: float = 1.0) -> Tensor:
 
 class LogitAdjust(Supervised):
     """Trains `model` on labels with adjusted logits. counts: (K,) training pictures of each class;
-    tau: how much of the adjustment; rules: see `Supervised`."""
+    tau: how much of the adjustment; rules: see `Supervised`. Raises UsageError for a class without
+    a training picture."""
 
     adjustment: Tensor
 
@@ -43,11 +45,12 @@ class LogitAdjust(Supervised):
         model: nn.Module,
         task: Any,
         *,
-        counts: tuple[int, ...],
+        counts: Sequence[int],
         tau: float = 1.0,
         **rules: Any,
     ) -> None:
         super().__init__(model, task, **rules)
+        require_counts("logit-adjust", counts, task)
         self.register_buffer("adjustment", adjustment(torch.tensor(counts), tau), persistent=False)
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
@@ -57,11 +60,10 @@ class LogitAdjust(Supervised):
         return {"loss": loss.sum() * inputs.scale, "parts": {}}
 
     @classmethod
-    def check(cls, options: dict[str, Any]) -> None:
-        numbers_of("logit-adjust", options, RANGES)
+    def read(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        asked = Options("logit-adjust", options, OPTIONS)
+        return {"tau": asked.number("tau", 1.0, above=True, high=10.0)}
 
     @classmethod
     def build(cls, model: nn.Module, task: Any, rules: dict[str, Any], given: Given) -> Self:
-        options = numbers_of("logit-adjust", given.options, RANGES)
-        counts = require_counts("logit-adjust", given, task)
-        return cls(model, task, counts=counts, **options, **rules)
+        return cls(model, task, counts=given.counts, **cls.read(given.options), **rules)

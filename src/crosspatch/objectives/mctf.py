@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from crosspatch.errors import UsageError
-from crosspatch.mixing import Mixing, OneOf, draws
+from crosspatch.mixing import Mixing, draws
 from crosspatch.models.crossvit import CrossViT
 from crosspatch.objectives import Inputs
 from crosspatch.objectives.supervised import Supervised
@@ -53,17 +53,12 @@ class Consistency(Supervised):
         model: nn.Module,
         task: Any,
         *,
-        smoothing: float = 0.0,
-        mixer: OneOf | None = None,
-        weights: Sequence[float] = (),
-        deferred: float = 0.0,
         weight: float = 3.0,
         confidence: float = 0.4,
         teacher_r: float | None = None,
+        **rules: Any,
     ) -> None:
-        super().__init__(
-            model, task, smoothing=smoothing, mixer=mixer, weights=weights, deferred=deferred
-        )
+        super().__init__(model, task, **rules)
         if not isinstance(task, Classify):
             raise UsageError(
                 "token-reduction consistency with several labels per picture",

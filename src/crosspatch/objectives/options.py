@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from crosspatch.errors import UsageError
@@ -19,10 +20,9 @@ class Options:
         self.name, self.given, self.known = name, given, known
         unknown = [key for key in given if key not in known]
         if unknown:
-            listed = "; ".join(f"{key}: {what}" for key, what in known.items())
             raise UsageError(
                 f"{name} has no option {unknown[0]!r}",
-                listed,
+                f"options of {name}: {self._listed(known)}",
                 f"remove {unknown[0]}, or correct it",
             )
 
@@ -79,12 +79,16 @@ class Options:
         return tuple(value)
 
     def wrong(self, key: str) -> UsageError:
-        """The error that says what the option may be."""
+        """The error that says what the option may be, and after it the others."""
         value = self.given[key]
         shown = "/".join(map(str, value)) if isinstance(value, list | tuple) else value
+        others = [one for one in self.known if one != key]
         return UsageError(
-            f"{self.name}: {key} = {shown}", f"{key}: {self.known[key]}", f"change {key}"
+            f"{self.name}: {key} = {shown}", self._listed([key, *others]), f"change {key}"
         )
+
+    def _listed(self, keys: Iterable[str]) -> str:
+        return "; ".join(f"{key}: {self.known[key]}" for key in keys)
 
     def _checked(
         self,
@@ -98,6 +102,7 @@ class Options:
     ) -> Any:
         kinds = (int,) if whole else (int, float)
         right = type(value) in kinds and low <= value <= high and not (above and value == low)
+        right = right and math.isfinite(value)
         if not right:
             raise self.wrong(key)
         return value if whole else float(value)

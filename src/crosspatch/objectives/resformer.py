@@ -18,16 +18,16 @@ Departures: of a network without class token, f is what its classifier reads; on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosspatch.errors import UsageError
-from crosspatch.mixing import draws
 from crosspatch.models.crossvit import CrossViT
-from crosspatch.objectives import Given, Inputs
+from crosspatch.objectives import Inputs
+from crosspatch.objectives.options import Options
 from crosspatch.objectives.supervised import Supervised
 from crosspatch.tokens.host import reducers_of
 
@@ -63,6 +63,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": _cosine,
     "kl": _kl,
 }
+OPTIONS = {
+    "alpha": "weight of the consistency, 0 or more (1)",
+    "loss": f"one of {', '.join(LOSSES)} (smooth-l1)",
+    "target": "class, mean (of patch tokens) or logits: what is compared (class)",
+}
 
 
 def consistency(
@@ -79,7 +84,7 @@ class MultiSize(Supervised):
 
     alpha: weight of the consistency, 0 or more; loss: one of LOSSES; target: what is compared, one
     of TARGETS; rules: of `Supervised`. Raises UsageError for a model that is no network of one
-    size after another, and for values out of range.
+    size after another.
     """
 
     def __init__(
@@ -93,11 +98,8 @@ class MultiSize(Supervised):
         **rules: Any,
     ) -> None:
         super().__init__(model, task, **rules)
-        _check_model(model)
-        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if not number or not alpha >= 0 or loss not in LOSSES or target not in TARGETS:
-            raise _bad(f"alpha={alpha},loss={loss},target={target}")
-        self.alpha, self.loss, self.target = float(alpha), loss, target
+        require_resizable(model)
+        self.alpha, self.loss, self.target = alpha, loss, target
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The mean over sizes and the global batch, in nats; parts: the mean consistency of a size
@@ -106,9 +108,7 @@ class MultiSize(Supervised):
         teacher, logits = self.seen(images)
         labelled, apart = self.task.loss(logits, targets), 0.0
         for view in inputs.views:
-            images = view
-            if self.mixer is not None:
-                images, _ = self.mixer(view, draws(*inputs.draw))
+            images, _ = self.mix(inputs._replace(images=view))
             features, logits = self.seen(images)
             labelled = labelled + self.task.loss(logits, targets)
             how = {"whitened": self.target != "logits"}
@@ -130,27 +130,25 @@ class MultiSize(Supervised):
         if self.target == "class":
             return model.forward_head(tokens, pre_logits=True), logits
         if tokens.ndim != 3:
-            raise _bad("target=mean for a network without patch tokens")
+            raise UsageError(
+                "target=mean for a network without patch tokens",
+                "a network whose classifier reads tokens, or target=class",
+                "--objective resformer",
+            )
         return tokens[:, getattr(model, "num_prefix_tokens", 0) :].mean(dim=1), logits
 
     @classmethod
-    def build(cls, model: nn.Module, task: Any, rules: dict[str, Any], given: Given) -> MultiSize:
-        """Options: alpha, loss and target."""
-        if unknown := sorted(set(given.options) - {"alpha", "loss", "target"}):
-            raise _bad(", ".join(unknown))
-        return cls(model, task, **rules, **given.options)
+    def read(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        asked = Options("resformer", options, OPTIONS)
+        return {
+            "alpha": asked.number("alpha", 1.0),
+            "loss": asked.word("loss", "smooth-l1", tuple(LOSSES)),
+            "target": asked.word("target", "class", TARGETS),
+        }
 
 
-def _bad(got: str) -> UsageError:
-    return UsageError(
-        f"resformer with {got}",
-        f"alpha (0 or more), loss ({', '.join(LOSSES)}) and target ({', '.join(TARGETS)}; mean "
-        "is that of patch tokens)",
-        "--objective resformer:alpha=1,loss=smooth-l1,target=class",
-    )
-
-
-def _check_model(model: nn.Module) -> None:
+def require_resizable(model: nn.Module) -> None:
+    """Raises UsageError for a network that is no network of one size after another."""
     if isinstance(model, CrossViT) or not hasattr(model, "forward_features"):
         why = "resizes everything to its branches' sizes" if isinstance(model, CrossViT) else (
             "does not say what its classifier reads"

@@ -23,7 +23,7 @@ its features alone (a = 0). Students of several heads learn by what their evalua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,25 +127,27 @@ class ScaleKD(Supervised):
         )  # fmt: skip
 
     @classmethod
+    def read(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        asked = Options("scalekd", options, OPTIONS)
+        return {
+            "spatial": asked.pair("spatial", (ALPHAS[0],) * 2),
+            "frequency": asked.pair("frequency", (ALPHAS[1],) * 2),
+            "kd": asked.number("kd", None, high=1.0),
+            "tau": asked.number("tau", 1.0, above=True),
+            "heads": asked.pair("heads", (None, None), low=1, whole=True),
+            "factor": asked.number("factor", FACTOR, above=True),
+            "perceive": asked.switch("perceive", True),
+            "student": asked.places("student"),
+            "teaching": asked.places("teacher"),
+        }
+
+    @classmethod
     def build(cls, model: nn.Module, task: Any, rules: dict[str, Any], given: Given) -> Supervised:
         """The objective of a recipe with a teacher. Raises UsageError; see `OPTIONS`."""
-        options = Options("scalekd", given.options, OPTIONS)
-        heads = options.pair("heads", (None, None), low=1, whole=True)
-        made = {
-            "spatial": options.pair("spatial", (ALPHAS[0],) * 2),
-            "frequency": options.pair("frequency", (ALPHAS[1],) * 2),
-            "kd": options.number("kd", None, high=1.0),
-            "tau": options.number("tau", 1.0, above=True),
-            "heads": heads,
-            "factor": options.number("factor", FACTOR, above=True),
-            "perceive": options.switch("perceive", True),
-            "student": options.places("student"),
-            "teaching": options.places("teacher"),
-        }
-        teacher = given.teacher
+        options, teacher = cls.read(given.options), given.teacher
         if teacher is None:
             raise ValueError("scalekd learns from a teacher")
-        return cls(model, task, teacher=teacher, **made, **rules)
+        return cls(model, task, teacher=teacher, **options, **rules)
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The loss of one batch, in nats and squared distances; its three parts as parts."""

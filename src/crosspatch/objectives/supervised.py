@@ -8,7 +8,7 @@ mean over them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,8 +119,16 @@ class Supervised(nn.Module):
         return self.weights if progress >= self.deferred else None
 
     @classmethod
-    def check(cls, options: dict[str, Any]) -> None:
-        """Raises UsageError, before any picture is read, for options that can never be."""
+    def read(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The keyword arguments that the options of a recipe's objective stand for. Raises
+        UsageError for unknown and impossible ones."""
+        if options:
+            raise UsageError(
+                f"options of an objective that has none: {', '.join(options)}",
+                "its name alone",
+                "leave what follows the colon away",
+            )
+        return {}
 
     @classmethod
     def build(
@@ -130,13 +138,7 @@ class Supervised(nn.Module):
 
         Raises UsageError for options that it does not have, and for what it cannot work with.
         """
-        if given.options:
-            raise UsageError(
-                f"options of an objective that has none: {', '.join(given.options)}",
-                "its name alone",
-                "leave what follows the colon away",
-            )
-        return cls(model, task, **rules)
+        return cls(model, task, **cls.read(given.options), **rules)
 
     @property
     def exported(self) -> nn.Module:

@@ -24,7 +24,7 @@ on its fine branch's patches, without MixToken, as its two grids have no box in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ from crosspatch.models.crossvit import CrossViT
 from crosspatch.models.lvvit import DenseLogits, LVViT, mix_tokens, swap
 from crosspatch.models.vit import VisionTransformer, init_linear
 from crosspatch.objectives import Given, Inputs
+from crosspatch.objectives.options import Options
 from crosspatch.objectives.supervised import Supervised
 from crosspatch.tasks.classify import Classify
 from crosspatch.tasks.multilabel import MultiLabel
@@ -49,7 +50,12 @@ from crosspatch.tasks.multilabel import MultiLabel
 AGREE, DIFFER = 0.5, 0.9
 """rho: the teacher's part in the class token's label, where it names the picture's class, and where
 it does not."""
-OPTIONS = "cls=1 and dense=1 (weights, 0 or more), truth=no, alpha=1 (of MixToken; 0: none)"
+OPTIONS = {
+    "cls": "weight of the class token's loss, 0 or more (1)",
+    "dense": "weight of the patches' loss, 0 or more (1)",
+    "truth": "yes: the picture's label has a part in the class token's (no)",
+    "alpha": "of MixToken's Beta distribution, 0 for none (1)",
+}
 
 
 class Setting(NamedTuple):
@@ -78,17 +84,24 @@ class TokenLabeling(Supervised):
         model: nn.Module,
         task: Classify | MultiLabel,
         *,
-        smoothing: float = 0.0,
         mixer: OneOf | None = None,
-        weights: Sequence[float] = (),
-        deferred: float = 0.0,
         store: TokenLabels | None = None,
         setting: Setting | None = None,
+        **rules: Any,
     ) -> None:
         _check(model, task, mixer, store)
-        super().__init__(model, task, smoothing=smoothing, weights=weights, deferred=deferred)
+        super().__init__(model, task, **rules)
         self.store, self.setting = store, _decided(setting or Setting(), model)
         self.aux = None if _has_own(model) else _auxiliary(model, len(task.classes))
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        asked = Options("token-labeling", options, OPTIONS)
+        cls_weight, dense = asked.number("cls", 1.0), asked.number("dense", 1.0)
+        if cls_weight == dense == 0:
+            raise UsageError("cls=0 and dense=0", "one of them above 0", "leave one of them away")
+        truth, alpha = asked.switch("truth", False), asked.number("alpha", None)
+        return {"setting": Setting(cls_weight, dense, truth, alpha)}
 
     @classmethod
     def build(
@@ -96,10 +109,9 @@ class TokenLabeling(Supervised):
     ) -> TokenLabeling:
         """The objective of a recipe; options: see `Setting`. Raises UsageError, and DataError where
         the file of labels is gone or another."""
-        setting = _parsed(given.options)
         labels = given.labels
         store = TokenLabels(labels["path"], labels["sha256"]) if labels else None
-        return cls(model, task, **rules, store=store, setting=setting)
+        return cls(model, task, store=store, **cls.read(given.options), **rules)
 
     def forward(self, inputs: Inputs, progress: float) -> dict[str, Any]:
         """The loss of one batch, in nats; parts: its two terms, each without its weight."""
@@ -234,23 +246,6 @@ def _extent(model: Any) -> tuple[float, float]:
     else:
         grid, side, patch = model.grid, model.img_size, model.patch_size
     return grid[0] * patch[0] / side[0], grid[1] * patch[1] / side[1]
-
-
-def _parsed(options: dict[str, Any]) -> Setting:
-    unknown = [name for name in options if name not in Setting._fields]
-    numbers = [options[name] for name in ("cls", "dense", "alpha") if name in options]
-    right = all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < 1e6
-                for n in numbers)  # fmt: skip
-    if unknown or not right or not isinstance(options.get("truth", False), bool):
-        raise UsageError(
-            "token-labeling:" + ",".join(f"{key}={value}" for key, value in options.items()),
-            OPTIONS,
-            "--objective token-labeling:dense=0.5",
-        )
-    setting = Setting(**options)
-    if setting.cls == setting.dense == 0:
-        raise UsageError("cls=0 and dense=0", "one of them above 0", "leave one of them away")
-    return setting
 
 
 def _decided(setting: Setting, model: nn.Module) -> Setting:

@@ -1,48 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What objectives for uneven classes share: their options, and the counts that they need."""
+"""What objectives for uneven classes share: the counts that they need, and the weights by effective
+numbers (Cui et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples", arXiv
+1901.05555, equation 6)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from crosspatch.errors import UsageError
-from crosspatch.objectives import Given
+
+BETA = 0.9999
 
 
-def numbers_of(
-    name: str, options: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]]
-) -> dict[str, float]:
-    """The options of objective `name` as numbers, each above the first of its range and up to the
-    second. Raises UsageError for others and for unknown ones."""
-    told = ", ".join(f"{key} above {low:g}, up to {high:g}" for key, (low, high) in ranges.items())
-    for key, value in options.items():
-        low, high = ranges.get(key, (math.inf, -math.inf))
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low < value <= high:
-            raise UsageError(
-                f"--objective {name}:{key}={value}",
-                f"options of {name}: {told}",
-                f"--objective {name}, or change {key}",
-            )
-    return {key: float(value) for key, value in options.items()}
+def effective_weights(counts: Sequence[int], beta: float = BETA) -> Tensor:
+    """counts: training pictures of each of K classes, at least 1 -> weights (K,) float64, (1 - b) /
+    (1 - b^n), which sum to K. Raises ValueError for a class without a picture and for a beta
+    outside of [0, 1)."""
+    held = torch.tensor(list(counts), dtype=torch.float64)
+    if not len(held) or held.min() < 1:
+        raise ValueError(f"every class needs a training picture, got counts {list(counts)}")
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta is in [0, 1), got {beta}")
+    weights = (1 - beta) / -torch.expm1(held * math.log(beta) if beta else held * -math.inf)
+    return weights * (len(held) / weights.sum())
 
 
-def require_counts(name: str, given: Given, task: Any) -> tuple[int, ...]:
-    """The training pictures of each class. Raises UsageError where they are not known, or a class
-    has none."""
-    if len(given.counts) != len(task.classes):
+def require_counts(name: str, counts: Sequence[int], task: Any) -> None:
+    """Raises UsageError where the training pictures of each class are not known to the objective
+    `name`, or a class has none."""
+    if len(counts) != len(task.classes):
         raise UsageError(
             f"the objective {name} without the training pictures of each class",
             f"{name} needs to know how many there are",
             "train anew with --overwrite, or take another --objective",
         )
-    if 0 in given.counts:
-        rare = task.classes[given.counts.index(0)]
+    if 0 in counts:
+        rare = task.classes[list(counts).index(0)]
         raise UsageError(
             f"{rare}: a tail class without a training picture",
             f"at least one of each class for the objective {name}",
             f"add pictures of {rare}, or remove the class",
         )
-    return given.counts

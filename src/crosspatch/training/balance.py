@@ -32,10 +32,10 @@ import numpy as np
 
 from crosspatch.errors import UsageError
 from crosspatch.metrics.tails import UNEVEN
+from crosspatch.objectives.uneven import effective_weights
 from crosspatch.training.recipe import EFFECTIVES, Recipe
 
 BETA = 0.999
-EFFECTIVE_BETA = 0.9999
 DEFERRED = 0.8
 """From which part of a run on `drw` weighs: epoch 160 of the authors' 200."""
 COMES_WITH = {"ldam": "drw", "logit-adjust": "none"}
@@ -55,15 +55,9 @@ def class_weights(counts: np.ndarray) -> tuple[float, ...]:
     return tuple(float(f"{weight:.6g}") for weight in weights)
 
 
-def effective_weights(counts: np.ndarray, beta: float = EFFECTIVE_BETA) -> tuple[float, ...]:
-    """counts: (K,) training pictures, each at least 1 -> K weights that sum to K, to nine
-    digits. Raises ValueError for other counts and for a beta outside of [0, 1)."""
-    counts = np.asarray(counts, np.float64)
-    if not len(counts) or counts.min() < 1 or not 0 <= beta < 1:
-        raise ValueError(f"counts of at least 1 and beta in [0, 1), got {counts} and {beta}")
-    weights = (1 - beta) / (-np.expm1(counts * np.log(beta)) if beta else np.ones_like(counts))
-    weights *= len(counts) / weights.sum()
-    return tuple(float(f"{weight:.9g}") for weight in weights)
+def effective(counts: np.ndarray) -> tuple[float, ...]:
+    """counts: (K,) training pictures, each at least 1 -> `effective_weights`, to nine digits."""
+    return tuple(float(f"{weight:.9g}") for weight in effective_weights(counts.tolist()).tolist())
 
 
 def label_weights(counts: np.ndarray) -> tuple[float, ...]:
@@ -149,5 +143,5 @@ def choose_balance(
             "each class comes equally often."
         ]
     plain = label_weights if several else class_weights
-    weigh = {"weights": plain, **dict.fromkeys(EFFECTIVES, effective_weights)}.get(mode)
+    weigh = {"weights": plain, **dict.fromkeys(EFFECTIVES, effective)}.get(mode)
     return mode, weigh(counts) if weigh else (), reasons

@@ -131,9 +131,9 @@ def changed_pictures(run: Path, source: Source) -> list[str]:
     sizes = dict(zip((item.key for item in source.items), source.sizes(), strict=True))
     classes = {item.key: source.named(item.label) for item in source.items}
     there = {row["path"] for row in known}
-    unread = {one.path for one in source.skipped}
+    seen, unread = there | left_out, {one.path for one in source.skipped}
     parts = {
-        "came": [key for key in sizes if key not in there | left_out and source.tail is None],
+        "came": [key for key in sizes if key not in seen and source.tail is None],
         "went": [key for key in (*there, *left_out) if key not in sizes and key not in unread],
         "changed": [
             row["path"]

@@ -23,17 +23,16 @@ KEPT = ("accuracy", "low", "high", "groups")
 
 
 class EachHead(nn.Module):
-    """(B, 3, H, W) -> (B, 2 K): the logits of `model`'s class head, then of its second one."""
+    """(B, 3, H, W) -> (B, 2 K): the logits of `model`'s class head, then of `second`, its other."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: VisionTransformer, second: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.second = model, second
 
     def forward(self, x: Tensor) -> Tensor:
         state, _ = self.model.run(self.model.embed(x), pooled=True)
         first, second = self.model.pool(state)
-        assert self.model.head_dist is not None
-        return torch.cat([self.model.head(first), self.model.head_dist(second)], dim=1)
+        return torch.cat([self.model.head(first), self.second(second)], dim=1)
 
 
 def head_figures(
@@ -49,7 +48,7 @@ def head_figures(
     if not isinstance(task, Classify):
         return []
     logits = predict_probabilities(
-        EachHead(model),
+        EachHead(model, model.head_dist),
         images,
         recipe.eval_batch,
         precision=recipe.precision,

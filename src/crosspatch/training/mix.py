@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,6 @@ from crosspatch.mixing.resizemix import ResizeMix
 from crosspatch.mixing.transmix import TransMix
 from crosspatch.models.class_row import why_no_class_row
 from crosspatch.models.crossvit import CrossViT
-from crosspatch.training.package import build_model
 from crosspatch.training.recipe import MIXERS, Recipe
 
 MIXER_OF: dict[str, Callable[..., Any]] = {
@@ -91,13 +89,6 @@ def make_mixer(recipe: Recipe, model: nn.Module) -> OneOf | None:
         for name, alpha in zip(recipe.mix, recipe.mix_alpha, strict=True)
     ]
     return OneOf(mixers, recipe.mix_prob)
-
-
-def require_mixable(recipe: Recipe, classes: int, task: str) -> None:
-    """Raises UsageError, before a picture is read, where `make_mixer` would."""
-    if any(name in ATTENTIVE for name in recipe.mix):
-        bare = replace(recipe, weights={}, task=task)
-        make_mixer(bare, build_model(bare, classes))
 
 
 def _require_attention(recipe: Recipe, model: nn.Module) -> None:

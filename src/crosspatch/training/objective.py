@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,9 +17,10 @@ from torch import nn
 from crosspatch.errors import UsageError, near
 from crosspatch.objectives import Given
 from crosspatch.objectives.supervised import Supervised
+from crosspatch.objectives.teacher import Scale, Teacher
 from crosspatch.tasks import make_task
 from crosspatch.tokens.spec import METHODS, parse_options
-from crosspatch.training.mix import make_mixer
+from crosspatch.training.mix import ATTENTIVE, make_mixer
 from crosspatch.training.package import build_model
 from crosspatch.training.recipe import EFFECTIVES, Recipe
 from crosspatch.training.teacher import load_teacher
@@ -133,9 +135,14 @@ def _require_whole(name: str, given: Mapping[str, Any]) -> None:
 
 
 def make_objective(
-    recipe: Recipe, classes: tuple[str, ...], model: nn.Module | None = None
+    recipe: Recipe,
+    classes: tuple[str, ...],
+    model: nn.Module | None = None,
+    *,
+    later: Teacher | None = None,
 ) -> Supervised:
-    """A fresh objective, seeded by the recipe; `model` instead of the one that the recipe names.
+    """A fresh objective, seeded by the recipe; `model` instead of the one that the recipe names;
+    later: stands for a teacher that has still to be trained.
 
     Raises UsageError for an objective that this version does not know, or that cannot work with the
     recipe's model, labels or mixing; DataError where its teacher or labels cannot be read.
@@ -155,16 +162,23 @@ def make_objective(
         "weights": recipe.class_weights,
         "deferred": recipe.deferred,
     }
-    teacher = load_teacher(recipe, classes) if recipe.teacher else None
+    teacher = load_teacher(recipe, classes) if recipe.teacher else later
     given = Given(recipe.objective_args, recipe.class_counts, teacher, recipe.labels)
     objective = kind.build(module, make_task(recipe.task, classes), rules, given)
     objective.weighted_mean = recipe.balance in EFFECTIVES
     return objective
 
 
-def check_objective(recipe: Recipe) -> None:
-    """Raises UsageError for options that the recipe's objective can never have."""
-    _objective_class(recipe.objective).check(recipe.objective_args)
+def rehearse(recipe: Recipe, classes: tuple[str, ...]) -> None:
+    """Raises, before a picture is read, what `make_objective` would for a recipe whose pictures are
+    not yet counted and whose weights and teacher may not be there yet."""
+    _objective_class(recipe.objective).read(recipe.objective_args)
+    if recipe.objective == SUPERVISED and not any(name in ATTENTIVE for name in recipe.mix):
+        return
+    scale = Scale(recipe.mean, recipe.std)
+    later = Teacher(nn.Identity(), recipe.size, scale, scale, "to be trained")
+    counts = (1,) * len(classes)
+    make_objective(replace(recipe, weights={}, class_counts=counts), classes, later=later)
 
 
 def _objective_class(name: str) -> type[Supervised]:

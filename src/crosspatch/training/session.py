@@ -28,7 +28,6 @@ from crosspatch.training.start import require_alike, start_run, versions_of
 from crosspatch.training.taught import Course, Lesson, waited
 from crosspatch.training.warmstart import saved_model
 
-VERSIONED = ("torch", "numpy", "timm", "lightning-fabric", "safetensors", "pillow")
 SLOWER = 1.25  # a shared machine may take this much longer than the estimate
 
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from crosspatch.errors import UsageError
 from crosspatch.layers.patch_embed import pair
-from crosspatch.objectives import Given
-from crosspatch.objectives.resformer import MultiSize, refuse_reduced
+from crosspatch.objectives.resformer import refuse_reduced, require_resizable
 from crosspatch.training.package import Trained, build_model
 from crosspatch.training.recipe import Recipe
 
@@ -28,7 +27,7 @@ def settle_sizes(recipe: Recipe, classes: int) -> Recipe:
     """The recipe with its further sizes from the largest to the smallest, and a model that takes
     them all: where it can be told to, `model_args` says so, and so does the trained model.
 
-    Raises UsageError for wrong options of the objective, sizes that are not smaller than the
+    Raises UsageError for sizes that are not smaller than the
     model's, come twice or leave no whole number of patches, and for a network that takes but one.
     """
     if not recipe.sizes:
@@ -47,7 +46,7 @@ def settle_sizes(recipe: Recipe, classes: int) -> Recipe:
         freed, model = recipe, _shape(recipe, classes)
     if recipe.reduce:
         raise refuse_reduced()
-    MultiSize.build(model, None, {}, Given(recipe.objective_args))
+    require_resizable(model)
     _check(recipe, _patch(model))
     require_sizes(model, recipe.model, (recipe.size, *recipe.sizes))
     return freed

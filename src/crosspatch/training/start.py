@@ -20,8 +20,7 @@ from crosspatch.training import plan as plans
 from crosspatch.training import team
 from crosspatch.training.balance import resolve_balance
 from crosspatch.training.measure import resolve_products, settle_length
-from crosspatch.training.mix import require_mixable
-from crosspatch.training.objective import check_objective, make_objective
+from crosspatch.training.objective import rehearse
 from crosspatch.training.pictures import Pictures, read_pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe
@@ -29,7 +28,7 @@ from crosspatch.training.reporter import Reporter
 from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
 from crosspatch.training.sizes import describe_sizes, settle_sizes
-from crosspatch.training.taught import Course, learns_first, require_teachable
+from crosspatch.training.taught import Course, learns_first
 from crosspatch.training.teacher import find_teacher, refuse_taught
 from crosspatch.training.token_labels import find_labels, refuse_labels
 from crosspatch.training.warmstart import plan_with_weights
@@ -101,14 +100,11 @@ def planned(
     shape = (look, len(guess.train), len(source.classes), machine)
     teacher = find_teacher(given["teacher"]) if given.get("teacher") else {}
     first, beginning = plan_with_weights(shape, given, reporter)
-    _require_able(first)
+    _require_able(first, teacher)
     task = "multilabel" if source.multi else "classify"
-    require_teachable(first, source)
-    _require_taught(first, teacher, source)
-    require_mixable(first, len(source.classes), task)
     labels = find_labels(given.get("labels"), source, first)
     first = settle_sizes(first, len(source.classes))
-    check_objective(first)
+    rehearse(replace(first, task=task, teacher=teacher, labels=labels), source.classes)
     prepared = read_pictures(source, first, reporter)
     told = course.split if course else None
     split = told or make_split(source, keep=prepared.kept, seed=seed, twins=prepared.alike)
@@ -136,30 +132,22 @@ def planned(
     return Recipe.from_dict(team.share(recipe.to_dict())), pictures, reasons
 
 
-def _require_able(recipe: Recipe) -> None:
-    """Raises UsageError where several processes are too many for a recipe."""
-    if recipe.penalties and team.size() > 1:
+def _require_able(recipe: Recipe, teacher: dict[str, str]) -> None:
+    """Raises UsageError for what a linear probe cannot have: several processes, a teacher."""
+    if not recipe.penalties:
+        return
+    if team.size() > 1:
         raise UsageError(
             f"{team.size()} processes with --recipe {recipe.name}",
             "one process: a linear probe takes seconds",
             "leave --devices away",
         )
-
-
-def _require_taught(recipe: Recipe, teacher: dict[str, str], source: Source) -> None:
-    """Raises what `make_objective` does for a teacher that cannot teach, before a picture is
-    read."""
-    if teacher and recipe.penalties:
+    if teacher:
         raise UsageError(
             f"--teacher with --recipe {recipe.name}",
             "a recipe that trains a network; a linear probe fits a head to labels",
             "leave --teacher away, or take --recipe finetune",
         )
-    if teacher:
-        task = "multilabel" if source.multi else "classify"
-        counts = (1,) * len(source.classes)
-        asked = replace(recipe, teacher=teacher, task=task, class_counts=counts, weights={})
-        make_objective(asked, source.classes)
 
 
 def require_alike(pictures: Pictures) -> None:

@@ -16,12 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from crosspatch.data.sources import Source
 from crosspatch.data.split import Split
 from crosspatch.errors import DataError, UsageError
-from crosspatch.objectives.deit_lt import require_student
 from crosspatch.training import team
-from crosspatch.training.package import build_model
 from crosspatch.training.pictures import Pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import cnn
@@ -121,19 +118,6 @@ class Aside:
 def learns_first(recipe: Recipe) -> bool:
     """Whether a run whose teacher is not named trains one."""
     return recipe.objective == DEIT_LT
-
-
-def require_teachable(recipe: Recipe, source: Source) -> None:
-    """Raises UsageError for what DeiT-LT cannot be trained with, before a picture is read."""
-    if not learns_first(recipe):
-        return
-    if source.multi:
-        raise UsageError(
-            f"the objective {DEIT_LT} for pictures with several labels",
-            "one class to a picture: the teacher names one",
-            "leave --objective away",
-        )
-    require_student(build_model(recipe, len(source.classes), training=False))
 
 
 def lesson_of(given: Mapping[str, Any], student: Recipe, side: int) -> dict[str, Any]:
