@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -76,25 +77,28 @@ def write_pictures(
     for name in source.classes:
         _require_plain(name)
     total, done = sum(len(getattr(split, name)) for name in SPLITS), 0
+    tried = Counter[Path]()
     for name in SPLITS:
         for index in getattr(split, name).tolist():
             item = source.items[index]
             place = folder / name / source.named(item.label)
             place.mkdir(parents=True, exist_ok=True)
-            _write(source.read(index), place, PurePosixPath(item.key).name)
+            _write(source.read(index), place, PurePosixPath(item.key).name, tried)
             done += 1
             progress(done, total)
 
 
-def _write(data: bytes | np.ndarray, place: Path, name: str) -> None:
+def _write(data: bytes | np.ndarray, place: Path, name: str, tried: Counter[Path]) -> None:
+    """One picture, with a number behind its name where that is taken. tried: how many numbers were
+    tried for a path, so that many pictures of one name are written in one go."""
     if not isinstance(data, bytes):
         buffer = io.BytesIO()
         Image.fromarray(data).save(buffer, "png")
         data, name = buffer.getvalue(), f"{name}.png"
-    path, number = place / name, 1
+    path = asked = place / name
     while path.exists():
-        number += 1
-        path = place / f"{Path(name).stem}-{number}{Path(name).suffix}"
+        tried[asked] += 1
+        path = asked.with_name(f"{asked.stem}-{tried[asked] + 1}{asked.suffix}")
     path.write_bytes(data)
 
 
