@@ -16,7 +16,7 @@ import crosspatch as xp
 from crosspatch.data.longtail import parse_spec
 from crosspatch.errors import DataError, Interrupted, UsageError
 from crosspatch.training import session, start
-from crosspatch.training.objective import make_objective
+from crosspatch.training.objective import make_objective, resolve_objective
 from crosspatch.training.package import load_model
 from crosspatch.training.released import HUB_FILE, Release, release_of
 from crosspatch.training.run import RunFolder
@@ -251,6 +251,13 @@ def test_nothing_is_said_to_be_near_where_nothing_is(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="neither a run") as found:
         find_teacher("resnet10tt")
     assert "; near: resnet10t" in found.value.expected
+
+
+def test_a_kind_that_is_typed_twice_is_typed_alike():
+    given = {"teacher": "t", "distill": "soft", "objective": "distill:kind=soft,tau=2"}
+    assert resolve_objective(given) == ("distill", {"kind": "soft", "tau": 2})
+    with pytest.raises(UsageError, match="--distill soft and distill:kind=hard"):
+        resolve_objective({**given, "objective": "distill:kind=hard"})
 
 
 def test_a_folder_with_a_bundle_is_a_bundle(tmp_path):
