@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,18 @@ def test_no_class_has_more_than_it_had_and_none_is_lost(having, ratio, kind):
     kept = thin(labels, len(having), tail)
     assert np.bincount(labels[kept]).tolist() == np.minimum(wanted, having).tolist()
     assert len(set(kept.tolist())) == len(kept)
+
+
+@pytest.mark.parametrize("kind", ["exp", "step"])
+@pytest.mark.parametrize(("most", "best"), [(49, 48), (50, 50), (1, 1)])  # 49 * (1 / 49) < 1
+def test_the_tail_that_is_advised_works(most, best, kind):
+    labels = np.repeat(np.arange(3), most)
+    with pytest.raises(DataError) as found:
+        thin(labels, 3, Tail(most + 50, kind))
+    advised = found.value.do.split()[0]
+    assert advised == str(Tail(best, kind))
+    tail = parse_spec(f"x{advised}")[1]
+    assert np.bincount(labels[thin(labels, 3, tail)]).min() == 1
 
 
 def test_a_word_is_data_and_its_tail(tmp_path):
@@ -144,6 +157,20 @@ def test_written_pictures_are_read_as_they_were(folders):
     for name in ("train", "val", "test"):
         mine, theirs = getattr(split, name), getattr(parts, name)
         assert sorted(source.read(i) for i in mine) == sorted(again.read(i) for i in theirs)
+
+
+def test_many_pictures_of_one_name_are_written_in_one_go(tmp_path, monkeypatch):
+    for number in range(120):
+        place = tmp_path / "photos" / "ab"[number % 2] / str(number)
+        place.mkdir(parents=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(place / "image.png")
+    source = open_source(tmp_path / "photos")
+    looked, exists = [], Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self, **how: looked.append(1) or exists(self, **how))
+    with whole_folder(tmp_path / "out") as draft:
+        write_pictures(source, make_split(source), draft)
+    assert len({path.read_bytes() for path in (tmp_path / "out").rglob("*.png")}) == 120
+    assert len(looked) < 4 * 120
 
 
 def test_digits_are_written_as_pictures(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crosspatch.data import token_labels
 from crosspatch.data.augment import AugmentConfig, augment, placement
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.token_labels import (
@@ -128,6 +131,36 @@ def test_what_was_written_before_a_kill_is_kept_and_nothing_is_overwritten(tmp_p
     for draft in (lambda: Draft(path, about(source), 12), other.finish):
         with pytest.raises(UsageError, match="nothing is overwritten"):
             draft()
+
+
+def test_two_that_write_the_same_leave_one_file(tmp_path):
+    source, path, logits = Stripes(4), tmp_path / "l.st", torch.randn(12, 3, 2, 3)
+    drafts = [Draft(path, about(source), 12) for _ in range(2)]
+    for draft in drafts:
+        draft.write(draft.todo, *strongest(logits[draft.todo], 3), State.LABELLED)
+    file = drafts[0].finish()
+    with pytest.raises(UsageError, match="nothing is overwritten"):
+        drafts[1].finish()
+    assert torch.equal(file.maps(torch.arange(12)), logits.half().float())
+
+
+def test_a_disk_without_room_is_told_before_anything_is_labelled(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UsageError, match="No space left") as found:
+        Draft(tmp_path / "l.st", about(Stripes(4)), 12)
+    assert "room for 0.0 MB" in found.value.expected
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_is_hashed_once_by_whatever_name(tmp_path, monkeypatch):
+    file, _ = written(tmp_path / "l.st", Stripes(4))
+    misses = token_labels._hash.cache_info().misses
+    monkeypatch.chdir(tmp_path)
+    assert TokenLabels("l.st").sha256 == file.sha256
+    assert token_labels._hash.cache_info().misses == misses
 
 
 def test_torn_and_foreign_files_are_named(tmp_path):

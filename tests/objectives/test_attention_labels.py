@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import crosspatch as xp
-from crosspatch.mixing import OneOf, draws
+from crosspatch.mixing import OneOf, draws, mixpro
 from crosspatch.mixing.mixpro import MaskMix, attention_share, trust
 from crosspatch.mixing.transmix import TransMix
 from crosspatch.models.class_row import logits_and_class_rows
-from crosspatch.objectives import Inputs
+from crosspatch.objectives import Inputs, supervised
 from crosspatch.objectives.supervised import Supervised
 from crosspatch.tasks.classify import Classify
 
@@ -82,6 +83,17 @@ def test_every_parameter_that_learnt_by_area_learns_by_attention(name, mixer):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("mixer", [MaskMix(cell=8), MaskMix(cell=8, progressive=True), TransMix()])
+def test_by_any_rule_processes_ask_each_other_as_often(mixer, monkeypatch):
+    """Each draws a mixing of its own: one that asked more often would wait for the others."""
+    asked, plain = [], supervised.mean_weight
+    monkeypatch.setattr(supervised, "mean_weight", lambda w: asked.append(1) or plain(w))
+    objective = Supervised(micro(), TASK, mixer=OneOf([mixer], [1.0]), weights=WEIGHTS)
+    objective.weighted_mean = True
+    objective(inputs(), 0.0)["loss"].backward()
+    assert len(asked) == 1
+
+
 def test_one_pass_makes_logits_and_attention(monkeypatch):
     model, given = micro(), inputs()
     passes, embed = [], model.embed
@@ -89,3 +101,31 @@ def test_one_pass_makes_logits_and_attention(monkeypatch):
     mixer = OneOf([MaskMix(cell=8, progressive=True)], [1.0])
     Supervised(model, TASK, mixer=mixer)(given, 0.0)
     assert len(passes) == 1
+
+
+@pytest.mark.long
+def test_the_longer_it_learns_the_more_the_attention_counts(monkeypatch):
+    """The scaled-down check: ever more labels by which the attention counts for more than half."""
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    pictures = torch.from_numpy(np.kron(scans.images[:640] / 8 - 1, np.ones((4, 4)))).float()
+    pictures, labels = pictures[:, None].expand(-1, 3, -1, -1), torch.from_numpy(scans.target)
+    torch.manual_seed(0)
+    model = xp.create_model("vit_micro_32", num_classes=10, depth=2)
+    mixer = OneOf([MaskMix(cell=8, progressive=True)], [1.0])
+    objective = Supervised(model, Classify(scans.target_names), smoothing=0.1, mixer=mixer)
+    alphas, plain = [], mixpro.trust
+    monkeypatch.setattr(mixpro, "trust", lambda *a: alphas.append(plain(*a)) or alphas[-1])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    grown = []
+    for epoch in range(6):
+        alphas.clear()
+        for number, part in enumerate(torch.arange(640).split(64)):
+            step = (0, 10 * epoch + number, 0)
+            batch = Inputs(pictures[part], labels[part], step, 1 / 64)
+            optimiser.zero_grad()
+            objective(batch, epoch / 6)["loss"].backward()
+            optimiser.step()
+        grown.append((torch.cat(alphas) > 0.5).float().mean().item())
+    assert grown[-1] > grown[2] > grown[0] + 0.05

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import crosspatch as xp
+from crosspatch.data.longtail import parse_spec
 from crosspatch.errors import DataError, Interrupted, UsageError
 from crosspatch.training import session, start
-from crosspatch.training.objective import make_objective
+from crosspatch.training.objective import make_objective, resolve_objective
 from crosspatch.training.package import load_model
 from crosspatch.training.released import HUB_FILE, Release, release_of
 from crosspatch.training.run import RunFolder
@@ -242,6 +243,23 @@ def test_what_is_no_teacher_is_said_before_a_picture_is_read(
     assert not (tmp_path / "s" / "config.toml").exists()
 
 
+def test_nothing_is_said_to_be_near_where_nothing_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="neither a run") as found:
+        find_teacher("§§§§")
+    assert found.value.expected.endswith("or a released network")
+    with pytest.raises(UsageError, match="neither a run") as found:
+        find_teacher("resnet10tt")
+    assert "; near: resnet10t" in found.value.expected
+
+
+def test_a_kind_that_is_typed_twice_is_typed_alike():
+    given = {"teacher": "t", "distill": "soft", "objective": "distill:kind=soft,tau=2"}
+    assert resolve_objective(given) == ("distill", {"kind": "soft", "tau": 2})
+    with pytest.raises(UsageError, match="--distill soft and distill:kind=hard"):
+        resolve_objective({**given, "objective": "distill:kind=hard"})
+
+
 def test_a_folder_with_a_bundle_is_a_bundle(tmp_path):
     (tmp_path / "b.onnx").write_bytes(b"")
     with pytest.raises(UsageError, match="is a bundle"):
@@ -262,6 +280,16 @@ def test_a_teacher_that_saw_the_judging_pictures_is_refused(opened, tmp_path):
     with pytest.raises(UsageError, match="pictures that would judge it here") as found:
         trained(tmp_path / "s", teacher=str(tmp_path / "t"))
     assert "--seed 5" in found.value.do
+
+
+@pytest.mark.parametrize(("theirs", "mine"), [("", "@lt:4"), ("@lt:4", ""), ("@lt:4", "@lt:2")])
+def test_a_tail_of_the_same_pictures_is_no_other_data(opened, tmp_path, theirs, mine):
+    opened.tail = parse_spec(f"stripes{theirs}")[1]
+    session.train_run(f"stripes{theirs}", tmp_path / "t", {**MICRO, "seed": 5})
+    opened.tail = parse_spec(f"stripes{mine}")[1]
+    how = {**MICRO, "teacher": str(tmp_path / "t")}
+    with pytest.raises(UsageError, match="pictures that would judge it here"):
+        session.train_run(f"stripes{mine}", tmp_path / "s", how)
 
 
 def test_a_teacher_that_changed_since_the_run_began_is_refused(opened, taught, tmp_path):

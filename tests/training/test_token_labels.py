@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from crosspatch.data.decode import UnreadableImage
+from crosspatch.data.split import read_split
 from crosspatch.data.token_labels import State, TokenLabels
 from crosspatch.errors import DataError, Interrupted, UsageError
 from crosspatch.models.class_map import class_map
@@ -66,7 +67,7 @@ def test_labels_are_the_teacher_s_map_of_each_picture(labelled, opened):
     torch.testing.assert_close(file.maps(torch.tensor([7, 40])), expected, atol=5e-3, rtol=5e-3)
     assert (summary["grid"], summary["top"], summary["images"]) == ([4, 4], 3, 72)
     assert summary["bytes"] == path.stat().st_size < 72 * 16 * 3 * 2 + 72 + 2_000
-    trained_on = token_labels.read_split(split, opened).train
+    trained_on = read_split(split, opened).train
     assert np.flatnonzero(file.state == State.TAUGHT).tolist() == sorted(trained_on.tolist())
     found = summary["agreement"]
     assert found["unseen_images"] == 72 - len(trained_on)
@@ -143,7 +144,7 @@ def test_labelling_goes_on_where_it_was_stopped(labelled, tmp_path):
 
 def test_unreadable_pictures_have_no_labels(labelled, opened, monkeypatch, tmp_path):
     read, split = type(opened).read, RunFolder(labelled[0]).path / "split.csv"
-    bad = int(token_labels.read_split(split, opened).train[0])
+    bad = int(read_split(split, opened).train[0])
     key = opened.items[bad].key
 
     def broken(self, index):
@@ -214,8 +215,9 @@ def test_teachers_and_wishes_that_cannot_label(labelled, opened, monkeypatch, tm
             label_pictures("stripes", asked, out, wish)
     other = Stripes(4, 4)
     monkeypatch.setattr(token_labels, "open_source", lambda spec: other)
-    with pytest.raises(UsageError, match="has other classes"):
+    with pytest.raises(UsageError, match="has other classes") as found:
         label_pictures("stripes", str(teacher), out)
+    assert found.value.do == "train a teacher on these data first"  # label has no --distill
     several = Stripes()
     several.multi = True
     monkeypatch.setattr(token_labels, "open_source", lambda spec: several)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -153,7 +154,7 @@ def _write(
     from crosspatch.mixing.cuda_unlearnable import filtered
 
     place = {name: at for at, name in enumerate(classes)}
-    skipped, changed = [], 0
+    skipped, changed, tried = [], 0, Counter[Path]()
     for done, (index, act) in enumerate(zip(chosen, acts, strict=True), 1):
         item = source.items[index]
         number = place[source.named(item.label)]
@@ -165,7 +166,7 @@ def _write(
             folders[number].mkdir(exist_ok=True)
             copy = filtered(pixels, weights[number]) if act else pixels
             name = f"{_plain(Path(item.key).stem)}.png"
-            Image.fromarray(copy).save(free_path(folders[number], name))
+            Image.fromarray(copy).save(free_path(folders[number], name, tried))
             changed += bool(act)
         progress(done, len(chosen))
     return skipped, changed

@@ -84,7 +84,7 @@ def thin(labels: np.ndarray, classes: int, tail: Tail) -> np.ndarray:
             f"{tail} leaves class {wanted.index(min(wanted)) + 1} of {classes} without a training "
             f"picture: the largest has {int(having.max(initial=0)):,}",
             "at least one training picture of each class",
-            f"{MARK}{max(1, int(having.max(initial=0)))} at most, or give more pictures",
+            f"{_steepest(wanted[0], classes, tail)} at most, or give more pictures",
         )
     rng, kept = np.random.RandomState(0), []
     for label, count in enumerate(wanted):
@@ -92,3 +92,11 @@ def thin(labels: np.ndarray, classes: int, tail: Tail) -> np.ndarray:
         rng.shuffle(places)
         kept.append(places[:count])
     return np.sort(np.concatenate(kept))
+
+
+def _steepest(most: int, classes: int, tail: Tail) -> Tail:
+    """The tail of the largest whole ratio that leaves every class a picture: `most`, or a little
+    less where `most` times 1 / `most` is rounded to below 1."""
+    ratios = range(max(1, most), 0, -1)
+    tails = (tail._replace(ratio=float(ratio)) for ratio in ratios)
+    return next((t for t in tails if min(tail_counts(most, classes, t)) >= 1), tail)

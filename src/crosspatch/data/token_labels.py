@@ -242,9 +242,7 @@ class Draft:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not self._begun(header, total):
-                with self.aside.open("wb") as file:
-                    file.write(header)
-                    file.truncate(total)
+                self._reserve(header, total)
             self._parts = _mapped(self.aside, _read_header(self.aside)[1], "r+")
         except OSError as error:
             raise UsageError(
@@ -252,6 +250,19 @@ class Draft:
                 f"a folder that can be written, with room for {total / 1e6:,.1f} MB",
                 "make room or choose another --out",
             ) from error
+
+    def _reserve(self, header: bytes, total: int) -> None:
+        """A file of the whole size, with room for it on the disk: a page that found none when it
+        is written through the map would kill the process without a word."""
+        try:
+            with self.aside.open("wb") as file:
+                file.write(header)
+                file.truncate(total)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, total)
+        except OSError:
+            self.aside.unlink(missing_ok=True)
+            raise
 
     def _begun(self, header: bytes, total: int) -> bool:
         if not self.aside.is_file() or self.aside.stat().st_size != total:
@@ -283,6 +294,8 @@ class Draft:
         """The whole file, under its own name, on the disk. Raises UsageError where there is one
         now."""
         self._parts.clear()
+        if self.path.exists():  # by another process that wrote the same
+            raise _taken(self.path)
         with self.aside.open("rb+") as file:
             os.fsync(file.fileno())
         if self.path.exists():
@@ -301,7 +314,7 @@ def _taken(path: Path) -> UsageError:
 
 def labels_hash(path: Path) -> str:
     """sha256 of a file, remembered while it does not change."""
-    stat = path.stat()
+    path, stat = path.resolve(), path.stat()
     return _hash(path, stat.st_size, stat.st_mtime_ns)
 
 

@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -76,30 +77,32 @@ def write_pictures(
     for name in source.classes:
         _require_plain(name)
     total, done = sum(len(getattr(split, name)) for name in SPLITS), 0
+    tried = Counter[Path]()
     for name in SPLITS:
         for index in getattr(split, name).tolist():
             item = source.items[index]
             place = folder / name / source.named(item.label)
             place.mkdir(parents=True, exist_ok=True)
-            _write(source.read(index), place, PurePosixPath(item.key).name)
+            _write(source.read(index), place, PurePosixPath(item.key).name, tried)
             done += 1
             progress(done, total)
 
 
-def _write(data: bytes | np.ndarray, place: Path, name: str) -> None:
+def _write(data: bytes | np.ndarray, place: Path, name: str, tried: Counter[Path]) -> None:
     if not isinstance(data, bytes):
         buffer = io.BytesIO()
         Image.fromarray(data).save(buffer, "png")
         data, name = buffer.getvalue(), f"{name}.png"
-    free_path(place, name).write_bytes(data)
+    free_path(place, name, tried).write_bytes(data)
 
 
-def free_path(folder: Path, name: str) -> Path:
-    """`folder` / `name`, with a number behind its stem where that is taken."""
-    path, number = folder / name, 1
+def free_path(folder: Path, name: str, tried: Counter[Path]) -> Path:
+    """`folder` / `name`, with a number behind its stem where that is taken. tried: how many numbers
+    were tried for a path, so that many pictures of one name are written in one go."""
+    path = asked = folder / name
     while path.exists():
-        number += 1
-        path = folder / f"{Path(name).stem}-{number}{Path(name).suffix}"
+        tried[asked] += 1
+        path = asked.with_name(f"{asked.stem}-{tried[asked] + 1}{asked.suffix}")
     return path
 
 

@@ -81,10 +81,14 @@ class Supervised(nn.Module):
 
     def answered(self, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
         """The model's logits (B, K) and the soft targets (B, K) of a batch after its mixing, by the
-        rule of that mixing."""
-        images, targets, mixing = self.mixed(inputs, progress)
+        rule of that mixing.
+
+        Processes draw mixings of their own, so whatever they ask of each other (`targets` does) is
+        asked once by each rule.
+        """
+        images, mixing = self.mix(inputs)
         if mixing is None or mixing.rule == AREA:
-            return self.model(images), targets
+            return self.model(images), self.targets(inputs.labels, mixing, progress)
         logits, rows = logits_and_class_rows(self.model, images)
         soft = self.task.targets(inputs.labels, mixing, self.smoothing)
         told = mixing._replace(lam=attended_lam(mixing, rows, soft, logits))

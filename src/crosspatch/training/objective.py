@@ -96,7 +96,9 @@ def resolve_objective(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             f"a model with that reduction, --reduce {name}; or another objective",
             "leave --objective away",
         )
-    if name == "distill" and "kind" not in options and "distill" in given:
+    if name == "distill" and "distill" in given:
+        if options.get("kind", distill) != distill:
+            raise _two([f"--distill {distill}", f"distill:kind={options['kind']}"])
         options = {"kind": distill, **options}
     _require_whole(name, given)
     if name in UNMIXED and given.get("mix") not in (None, "none", ()):

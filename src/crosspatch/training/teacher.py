@@ -93,13 +93,13 @@ def _released(asked: str, path: Path) -> dict[str, str]:
     except UsageError as error:
         raise UsageError(
             f"{asked} is neither a run nor a network of timm's",
-            f"the folder of a trained run, or a released network; {_near(asked)}",
+            f"the folder of a trained run, or a released network{_near(asked)}",
             "correct --teacher",
         ) from error
     if release is None:
         raise UsageError(
             f"{asked} has no released weights in safetensors",
-            f"a name of timm.list_pretrained(); {_near(asked)}",
+            f"a name of timm.list_pretrained(){_near(asked)}",
             "name another --teacher",
         )
     try:
@@ -113,7 +113,8 @@ def _released(asked: str, path: Path) -> dict[str, str]:
 
 
 def _near(asked: str) -> str:
-    return f"near: {near(asked, names())}"
+    found = near(asked, names())
+    return f"; near: {found}" if found else ""
 
 
 def load_teacher(recipe: Recipe, classes: tuple[str, ...]) -> Teacher:
@@ -192,7 +193,8 @@ def _order(trained: _Trained, recipe: Recipe, classes: tuple[str, ...]) -> tuple
 
 def _other_classes(trained: _Trained, recipe: Recipe, classes: tuple[str, ...]) -> UsageError:
     where = recipe.teacher["where"]
-    features = "" if recipe.objective == "deit-lt" else ", or --distill scalekd: it learns features"
+    learns = recipe.objective == "distill"  # `crosspatch label` has no --distill
+    features = ", or --distill scalekd: it learns features" if learns else ""
     if not trained.classes:
         name = where.partition(".")[0]
         return UsageError(

@@ -20,7 +20,6 @@ from crosspatch.data.opening import open_source
 from crosspatch.data.prepare import load_picture
 from crosspatch.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from crosspatch.data.sources import Source
-from crosspatch.data.split import read_split
 from crosspatch.data.token_labels import (
     MOST_CLASSES,
     About,
@@ -42,6 +41,7 @@ from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.run import RunFolder
 from crosspatch.training.state import flush_folder
 from crosspatch.training.teacher import find_teacher, load_teacher, refuse_taught
+from crosspatch.training.weights import trained_on
 
 ALL = 32  # so many classes are all kept
 TOP = 5  # of more, as the authors do
@@ -113,12 +113,12 @@ def _prepared(
     """The teacher, its record, what the labels will be of, and how it is shown pictures: as they
     are, at its size."""
     count = len(source.classes)
-    if count > MOST_CLASSES or (wish.top is not None and not 1 <= wish.top <= count):
-        raise UsageError(
-            f"--top {wish.top} of {count:,} classes",
-            f"1 to {count:,}, of {MOST_CLASSES:,} classes at most",
-            "leave --top away",
-        )
+    if count > MOST_CLASSES:
+        raise UsageError(f"labels of {count:,} classes", f"{MOST_CLASSES:,} classes at most",
+                         "leave classes away")  # fmt: skip
+    if wish.top is not None and not 1 <= wish.top <= count:
+        raise UsageError(f"--top {wish.top} of {count:,} classes", f"1 to {count:,}",
+                         "leave --top away")  # fmt: skip
     record = find_teacher(asked)
     student: Any = SimpleNamespace(
         teacher=record, mean=IMAGENET_MEAN, std=IMAGENET_STD, size=None, objective="token-labeling"
@@ -150,12 +150,9 @@ def _fit_of(record: Mapping[str, str]) -> str:
 def _taught(record: Mapping[str, str], source: Source) -> np.ndarray:
     """The items (indices) that the teacher was trained on, where it is a run on these data."""
     run = RunFolder(Path(record.get("path", "")).parent)
-    none = np.empty(0, np.int64)
     if record.get("kind") != "run" or not run.config_path.is_file():
-        return none
-    if run.read_config().get("run", {}).get("fingerprint") != source.fingerprint():
-        return none
-    return read_split(run.path / "split.csv", source).train
+        return np.empty(0, np.int64)
+    return trained_on(run, source)
 
 
 def _write(

@@ -7,6 +7,7 @@ over, class by class by name; `refuse_seen` keeps pictures that trained a run fr
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from crosspatch.data.longtail import Tail, parse_spec
 from crosspatch.data.preprocess import Preprocess
+from crosspatch.data.sources import Source
 from crosspatch.data.split import read_split
 from crosspatch.errors import DataError, UsageError, near, option
 from crosspatch.tokens import spec
@@ -249,13 +252,10 @@ def refuse_seen(found: Found, pictures: Pictures) -> None:
     """Raises UsageError where the run that gives the weights, or one that it began with, was
     trained on pictures that would validate or test them here."""
     for run in _lineage(found.path):
-        config = run.read_config()
-        if config.get("run", {}).get("fingerprint") != pictures.fingerprint:
-            continue
-        theirs = read_split(run.path / "split.csv", pictures.source)
         judging = np.concatenate([pictures.split.val, pictures.split.test])
-        seen = int(np.isin(judging, theirs.train).sum())
+        seen = int(np.isin(judging, trained_on(run, pictures.source)).sum())
         if seen:
+            config = run.read_config()
             how = {"seed": _seed_of_split(config["recipe"]), **config.get("reading", {})}
             flags = " ".join(option(key, value) for key, value in how.items())
             raise UsageError(
@@ -263,6 +263,25 @@ def refuse_seen(found: Found, pictures: Pictures) -> None:
                 "the split of that run, for the same pictures",
                 f"add {flags}",
             )
+
+
+def trained_on(run: RunFolder, source: Source) -> np.ndarray:
+    """The items of `source`, int64, that trained a run: none where the run's data are others. Data
+    and their long tails (`data.longtail`) are the same."""
+    about = run.read_config().get("run", {})
+    for tail in (source.tail, _tail_of(about.get("data", ""))):
+        same = copy.copy(source)
+        same.tail = tail
+        if about.get("fingerprint") == same.fingerprint():
+            return read_split(run.path / "split.csv", same).train
+    return np.empty(0, np.int64)
+
+
+def _tail_of(spec: str) -> Tail | None:
+    try:
+        return parse_spec(spec)[1]
+    except UsageError:  # a folder that had such a name and is gone
+        return None
 
 
 def _seed_of_split(recipe: Mapping[str, Any]) -> int:
