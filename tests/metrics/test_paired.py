@@ -34,6 +34,31 @@ def test_the_interval_covers_the_truth_for_new_pictures_and_new_seeds(
     assert least <= inside / 1000 <= 0.995
 
 
+@pytest.mark.parametrize("chosen", [[7, 8, 9], None])
+def test_weighted_intervals_are_as_wide_as_the_counted_pictures_make_them(chosen):
+    """Of 300 pictures of a tail, 80 % right, the error is that of 300 pictures, not of all 1000."""
+    rng, inside, half = np.random.default_rng(0), 0, []
+    labels = np.repeat(np.arange(10), 100)
+    weights = by_class(labels, chosen)
+    for _ in range(400):
+        found = crossed(rng.random((1, 1000)) < 0.8, weights)
+        inside += found.low <= 0.8 <= found.high
+        half.append(found.high - found.mean)
+    assert 0.92 <= inside / 400 <= 0.98
+    pictures = 1000 if chosen is None else 300
+    assert np.mean(half) == pytest.approx(1.96 * math.sqrt(0.16 / pictures), rel=0.05)
+
+
+@pytest.mark.parametrize(("seeds", "least"), [(2, 0.85), (3, 0.91), (5, 0.93)])
+def test_where_seeds_outweigh_pictures_but_not_all_of_them(seeds, least):
+    """The worst case for Satterthwaite's degrees of freedom, as the module says."""
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(2000):
+        found = crossed(drawn(rng, seeds, 300, 0.17, 0.03 * math.sqrt(seeds), 0.0))
+        inside += found.low <= 0 <= found.high
+    assert least <= inside / 2000 <= 0.97
+
+
 def test_pictures_alone_would_be_too_sure():
     """What the share of the seeds is for: without it the interval misses too often."""
     rng, inside = np.random.default_rng(0), 0

@@ -34,6 +34,10 @@ FORMS = {
     "batch=32": {"batch": 32},
     "augment.ops=2+augment.rotate=3.5": {"augment": {"ops": 2, "rotate": 3.5}},
     "flip=no": {"flip": False},
+    "x=evovit:keep=0.5,starts=4/8": {"reduce": "evovit:keep=0.5,starts=4/8"},
+    "x=ldam:margin=0.5,scale=2": {"objective": "ldam:margin=0.5,scale=2"},
+    "betas=0.9/0.95": {"betas": [0.9, 0.95]},
+    "model_args.use_norm=yes+model_args.width=3": {"model_args": {"use_norm": True, "width": 3}},
 }
 
 
@@ -58,6 +62,13 @@ def test_names():
     assert [one.name for one in found] == ["plain", "quick", "distill:a", "distill:more/a", "x"]
     assert len({one.folder for one in found}) == 5
     assert found[-1].settings == {"mix": "mixup", "objective": "ldam"}
+
+
+def test_folders_are_never_shared_and_never_those_of_the_tables():
+    found = parse_candidates("a-3=mixup,A=cutmix,a=lr=0.1,results.csv=lr=0.2,compare.png=lr=0.3")
+    folders = [one.folder.casefold() for one in found]
+    assert len(set(folders)) == 5
+    assert not {"results.csv", "compare.png"} & set(folders)
 
 
 def test_settings_of_all_are_replaced_by_a_candidates_own():
@@ -89,6 +100,16 @@ WRONG = [
     ("base", "one candidate", "two or more"),
     ("", "an empty candidate", "candidates with commas"),
     ("base,,mixup", "an empty candidate", "candidates with commas"),
+    ("base,augment=3", "augment=3", "augment.NAME=value"),
+    ("base,augment.foo=3", "augment.foo", "augment.NAME=value"),
+    ("base,model_args=3", "model_args=3", "model_args.NAME=value"),
+    ("base,lr.x=3", "lr.", "lr=value"),
+    ("base,betas=0.9", "betas=0.9", "two numbers"),
+    ("base,mean=0.5", "mean is not", "follows from the pictures"),
+    ("base,class_weights=1", "class_weights is not", "follows from the pictures"),
+    ("base,mix_prob=3", "mix_prob is not", "follows from the pictures"),
+    ("base,labels", "'labels'", "--try base,labels:FILE"),
+    ("base,teacher", "'teacher'", "teacher:RUN"),
     ("base,ldam:a/run", "gives ldam 'a/run'", "option=value"),
 ]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from crosspatch.errors import DataError, Interrupted, UsageError
 from crosspatch.training import compare as room
-from crosspatch.training import judge, session
+from crosspatch.training import compare_report, judge, session
 from crosspatch.training.compare import Asked, compare
 from crosspatch.training.reporter import Silent
 from crosspatch.training.run import RunFolder
@@ -254,6 +254,41 @@ def test_equal_times(data, tmp_path):
     assert any("One seed" in text for text in found.remarks)
 
 
+def test_threads_and_validations_of_a_candidate_are_its_own(data, tmp_path):
+    tries = "base,threads=2+eval_every=2"
+    common = {**COMMON, "eval_every": 1}
+    found = compare(data, tmp_path / "c", Asked(tries, 1, None, 2, common))
+    recipes = [row.runs[0].report["config"]["recipe"] for row in found.rows]
+    assert [(one["threads"], one["eval_every"]) for one in recipes] == [(1, 1), (2, 2)]
+
+
+def test_odd_names_are_drawn(whole, tmp_path, recwarn):
+    from dataclasses import replace
+
+    found = whole[1]
+    odd = "写真 $x^$ <b>"
+    rows = [replace(row, candidate=replace(row.candidate, name=f"{odd} {row.name}"))
+            for row in found.rows]  # fmt: skip
+    plan = replace(found.plan, data=f"pictures/{odd}", command="crosspatch compare 'a b' --try x,y")
+    odd_one = replace(found, rows=tuple(rows), plan=plan)
+    compare_report.write_compared(odd_one, tmp_path, lambda results: None)
+    assert (tmp_path / "compare.png").read_bytes()[1:4] == b"PNG"
+    assert "crosspatch compare 'a b' --try x,y" in (tmp_path / "compare.md").read_text()
+    assert not [one for one in recwarn if "Glyph" in str(one.message)]
+
+
+@pytest.mark.long
+def test_a_teacher_that_a_run_trains_is_counted(data, tmp_path):
+    asked = Asked("base,deit-lt", 1, None, 1, {**COMMON, "model": "deit_micro_distilled_32"})
+    found = compare(data, tmp_path / "c", asked)
+    run = found.rows[1].runs[0]
+    teacher = json.loads((run.folder / "teacher" / "report.json").read_text())
+    assert run.seconds == pytest.approx(teacher["seconds"] + run.report["seconds"])
+    assert found.rows[1].cost["seconds"] == run.seconds
+    assert run.curve[0][1] > teacher["seconds"]
+    assert found.rows[0].runs[0].taught == 0
+
+
 def test_pictures_are_read_once(data, tmp_path, monkeypatch):
     from crosspatch.training import pictures
 
@@ -278,6 +313,22 @@ def test_folders_that_are_taken(data, tmp_path):
         compare(data, tmp_path / "torn", ASKED)
 
 
+def test_more_seeds_of_other_pictures_leave_what_is_there(whole, data, tmp_path):
+    import shutil
+
+    moved, out = tmp_path / "stripes", tmp_path / "c"
+    shutil.copytree(data, moved)
+    shutil.copytree(whole[0], out)
+    plan = json.loads((out / "compare.json").read_text())
+    plan["plan"]["data"] = str(moved)
+    (out / "compare.json").write_text(json.dumps(plan))
+    (moved / "row0" / "000.png").unlink()
+    before = {one: one.read_bytes() for one in out.rglob("*") if one.is_file()}
+    with pytest.raises(DataError, match="no longer those"):
+        compare(str(moved), out, Asked("", 3), resume=True)
+    assert {one: one.read_bytes() for one in out.rglob("*") if one.is_file()} == before
+
+
 def test_no_test_pictures(tmp_path):
     few = stripes(tmp_path / "few", classes=2, count=1)
     with pytest.raises(DataError, match="no picture to test"):
@@ -300,3 +351,24 @@ def test_a_run_that_fails_is_told_and_the_rest_is_compared(data, tmp_path, monke
     assert "the loss was NaN" in found.rows[1].verdict
     assert found.rows[2].difference is not None
     assert found.failed == {"mixup-lr=0.004/seed-0": "the loss was NaN"}
+
+
+@pytest.mark.long
+def test_what_is_stopped_after_a_failure_is_compared_as_far_as_it_went(data, tmp_path, monkeypatch):
+    from crosspatch.training.guard import NotFinite
+
+    real = room.train_run
+
+    def failing(spec, folder, *rest, **how):
+        if "mixup" in str(folder):
+            raise UsageError("the loss was NaN", "x", "y") from NotFinite(1, "loss", 0.0, None)
+        if folder.name == "seed-1":
+            raise Interrupted("stop", "x", "y")
+        return real(spec, folder, *rest, **how)
+
+    monkeypatch.setattr(room, "train_run", failing)
+    with pytest.raises(Interrupted):
+        compare(data, tmp_path / "c", ASKED)
+    part = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert part["results"]["seeds"] == [0]
+    assert "the loss was NaN" in part["results"]["candidates"][1]["verdict"]

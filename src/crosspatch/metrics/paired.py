@@ -6,8 +6,10 @@ Both ways are trained with the same S seeds and judged on the same N pictures; d
 difference of each picture. Pictures and seeds are two crossed samples, so the error of the mean has
 a share of each (Baayen, Davidson and Bates 2008, doi 10.1016/j.jml.2007.12.005, call this crossed
 random effects): var = var over pictures of the mean over seeds / N + var over seeds of the mean
-over pictures / S. What neither explains is counted in both, so the interval is too wide rather than
-too narrow. Its degrees of freedom are Satterthwaite's (1946, doi 10.2307/3002019).
+over pictures / S. What neither explains is counted in both, which mostly makes the interval too
+wide. Its degrees of freedom are Satterthwaite's (1946, doi 10.2307/3002019), which are too many
+where two or three seeds happen to agree and would not again: where seeds outweigh pictures but not
+all of them, the interval of three seeds holds the truth in 92 %, of two in 87 %, of five in 94 %.
 """
 
 from __future__ import annotations
@@ -45,18 +47,21 @@ def crossed(values: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
     """The mean of values (S, N), one row per seed, one column per picture, and its interval.
 
     weights: (N,), of mean 1, how often a picture counts (for balanced accuracy: N / (K n_c)); none:
-    all alike. The variance over pictures is taken to be that of one differing picture at least:
-    where all agree, some of those that were not seen may not. Raises ValueError without values.
+    all alike. The variance over pictures is that of w (d - mean), as of any weighted mean, so that
+    a picture that does not count brings none; and that of one differing picture at least: where all
+    agree, some of those that were not seen may not. Raises ValueError without values.
     """
     table = np.atleast_2d(np.asarray(values, np.float64))
     seeds, pictures = table.shape
     if not seeds or not pictures:
         raise ValueError(f"values of {seeds} seeds and {pictures} pictures")
-    table = table if weights is None else table * weights
-    mean = float(table.mean())
-    spread = float(table.mean(axis=0).var(ddof=1)) if pictures > 1 else 1.0
-    of_pictures = max(spread / pictures, 1 / pictures**2)
-    of_seeds = float(table.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
+    counted = np.ones(pictures) if weights is None else np.asarray(weights, np.float64)
+    of_seed = (table * counted).mean(axis=1)
+    mean = float(of_seed.mean())
+    off = (table.mean(axis=0) - mean) * counted
+    spread = float(off.var(ddof=1)) if pictures > 1 else 1.0
+    of_pictures = max(spread / pictures, float((counted**2).mean()) / pictures**2)
+    of_seeds = float(of_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
     half, p = _student(mean, of_pictures, of_seeds, pictures, seeds)
     return Estimate(mean, mean - half, mean + half, p, seeds, pictures, of_pictures, of_seeds)
 

@@ -27,6 +27,11 @@ def uneven(counts: Sequence[int] | np.ndarray) -> bool:
     return len(counts) > 1 and max(counts) >= UNEVEN * max(1, min(counts))
 
 
+def by_frequency(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(K,) classes, those of most training pictures first, equal ones in their order."""
+    return np.argsort(-np.asarray(counts, np.int64), kind="stable")
+
+
 def group_sizes(classes: int) -> tuple[int, int, int]:
     """How many of so many classes are head, middle and tail."""
     outer = (3 * classes + 5) // 10
@@ -51,7 +56,7 @@ def group_accuracy(
     sizes = tuple(sizes or group_sizes(len(counts)))
     if len(sizes) != len(NAMES) or sum(sizes) != len(counts) or min(sizes) < 0:
         raise ValueError(f"three sizes that sum to {len(counts)}, got {sizes}")
-    order, found, start = np.argsort(-counts, kind="stable"), [], 0
+    order, found, start = by_frequency(counts), [], 0
     for name, size in zip(NAMES, sizes, strict=True):
         group, start = order[start : start + size], start + size
         if size:

@@ -19,12 +19,14 @@ key=value belongs to the options before it (`evovit:keep=0.5,starts=4/8`), unles
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
+from crosspatch.data.augment import AugmentConfig
 from crosspatch.errors import UsageError, near
 from crosspatch.tokens import spec
 from crosspatch.training import plan as plans
@@ -36,18 +38,24 @@ BASE = "base"
 FORM = "candidates with commas between them, each of words joined by +, such as base,mixup+ldam"
 EXAMPLE = "--try base,mixup,tome:r=8"
 LONGEST = 48  # letters of a folder's name
+TAKEN = {"compare.json", "compare.md", "compare.png", "results.csv"}  # beside those folders
 FIXED = {
     "seed": "--seeds", "split_seed": "--seed", "epochs": "--epochs", "steps": "--epochs",
     "time": "--time", "time_budget": "--time",
 }  # fmt: skip
 """What is the same for all candidates, and how it is said."""
-NEVER = ("name", "task", "stages", "devices", "class_counts", "head_rows", "objective_args",
-         "steps_per_epoch")  # fmt: skip
+NEVER = ("name", "task", "stages", "device", "devices", "class_counts", "class_weights",
+         "head_rows", "objective_args", "steps_per_epoch", "store", "mean", "std", "mix_prob",
+         "mix_alpha", "penalties", "decay")  # fmt: skip
 """Fields of a recipe that no word can set."""
 RAW = ("model", "recipe", "weights", "teacher", "labels", "reduce", "objective", "fit", "balance",
        "precision", "linear", "distill", "size")  # fmt: skip
 """Settings whose value is taken as it is typed."""
 LISTS = ("mix", "sizes")
+BRANCHED = {"augment": {one.name for one in fields(AugmentConfig)}, "model_args": None}
+"""Settings with settings of their own, after a dot, and those there are (None: any)."""
+GIVEN = ("labels", "teacher", "weights")
+"""Words with a file, a run or a network after a colon."""
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 _NUMBERS = {"int": int, "float": (int, float), "bool": bool}
 
@@ -106,9 +114,11 @@ def _split(text: str) -> list[str]:
 
 
 def _has_options(word: str) -> bool:
-    """Whether a word is `NAME:option=value…`."""
+    """Whether a word is `NAME:option=value…`, with or without the name of a candidate before it."""
     name, colon, rest = word.partition(":")
-    return bool(colon) and "=" not in name and bool(_SETTING.fullmatch(rest))
+    label, equals, _ = name.partition("=")
+    named = not equals or (label not in _known() and name.count("=") == 1)
+    return bool(colon) and named and bool(_SETTING.fullmatch(rest))
 
 
 def _read(text: str) -> tuple[str, dict[str, Any]]:
@@ -133,7 +143,7 @@ def _join(settings: dict[str, Any], key: str, value: Any, text: str) -> None:
         if value in before.split(","):
             raise UsageError(f"{value} twice in {text!r}", "each word once", "leave one away")
         settings[key] = f"{before},{value}"
-    elif key == "augment" and before and not set(before) & set(value):
+    elif key in BRANCHED and before and not set(before) & set(value):
         settings[key] = {**before, **value}
     elif before is not None and before != value:
         raise UsageError(
@@ -174,7 +184,7 @@ def _meanings(word: str) -> dict[str, dict[str, Any]]:
         found["mix"] = {"mix": name}
     if name in OBJECTIVES or name in ("distill", *DISTILS):
         found["objective"] = _objective(name, rest, word)
-    if name in ("labels", "teacher", "weights") and rest:
+    if name in GIVEN and rest:
         found[name] = {name: rest}
     if name in RECIPES and not colon and not found:  # an objective brings its own recipe
         found["recipe"] = {"recipe": name}
@@ -226,20 +236,46 @@ def _setting(word: str, text: str) -> dict[str, Any]:
     if top in RAW:
         return {top: value}
     made = spec.parse_options(word, text, FORM, EXAMPLE)
-    _require_kind(top, made[top], text)
+    if top in BRANCHED:
+        _require_branches(top, made[top], text)
+    else:
+        _require_kind(top, made[top], text)
     return made
+
+
+def _require_branches(key: str, value: Any, text: str) -> None:
+    """Raises UsageError for a setting that has settings of its own, without them or with others."""
+    known = BRANCHED[key]
+    if isinstance(value, dict) and (known is None or set(value) <= known):
+        return
+    wrong = min(set(value) - (known or set())) if isinstance(value, dict) else ""
+    close = near(wrong, known or (), 2) if wrong else ", ".join(sorted(known or ())[:3])
+    raise UsageError(
+        f"{f'{key}.{wrong}' if wrong else f'{key}={value}'} in {text!r}",
+        f"{key}.NAME=value{f', such as {close}' if close else ''}",
+        EXAMPLE,
+    )
 
 
 def _require_kind(key: str, value: Any, text: str) -> None:
     """Raises UsageError where a number, yes or no is needed and something else was typed."""
     kind = {one.name: str(one.type) for one in fields(Recipe)}.get(key, "bool")
     wanted = _NUMBERS.get(kind)
+    if kind == "Pair" and not _is_pair(value):
+        raise UsageError(f"{key}={value} in {text!r}", f"{key} is two numbers", f"{key}=0.9/0.95")
+    if isinstance(value, dict):
+        raise UsageError(f"{key}.… in {text!r}", f"{key}=value", EXAMPLE)
     if kind == "float | None" or wanted is None:
         return
     right = isinstance(value, wanted) and (kind == "bool") == isinstance(value, bool)
     if not right:
         shown = {"int": "a whole number", "float": "a number", "bool": "yes or no"}[kind]
         raise UsageError(f"{key}={value} in {text!r}", f"{key} is {shown}", EXAMPLE)
+
+
+def _is_pair(value: Any) -> bool:
+    numbers = isinstance(value, list | tuple) and [isinstance(one, int | float) for one in value]
+    return numbers == [True, True]
 
 
 def _known() -> set[str]:
@@ -256,8 +292,11 @@ def _unknown(word: str, text: str) -> UsageError:
     from crosspatch.models.registry import list_models
 
     name = word.partition(":")[0]
-    ours = [BASE, *MIXERS, *OBJECTIVES, *DISTILS, *spec.METHODS, *RECIPES, "labels"]
-    close = near(name, [*ours, *_known()], 2)
+    if name in GIVEN:
+        what = "FILE" if name == "labels" else "RUN"
+        return UsageError(f"{word!r} in {text!r}", f"{name}:{what}", f"--try {BASE},{name}:{what}")
+    ours = [BASE, *MIXERS, *OBJECTIVES, *DISTILS, *spec.METHODS, *RECIPES]
+    close = near(name, {*ours, *_known()} - {*NEVER, *FIXED}, 2)
     models = near(name, list_models(), 2)
     hits = ", ".join(filter(None, (close, models)))
     inside = "" if word == text else f" in {text!r}"
@@ -280,9 +319,9 @@ def _named(text: str, label: str, settings: dict[str, Any], others: list[Candida
             f"two candidates are named {name}", "another name for each", "name them: NAME=…"
         )
     folder = re.sub(r"[^\w.=-]+", "-", name).strip("-.")[:LONGEST] or "candidate"
-    used = {one.folder.casefold() for one in others} | {"compare.json", "compare.md"}
-    if folder.casefold() in used:
-        folder = f"{folder}-{len(others) + 1}"
+    used = {one.folder.casefold() for one in others} | TAKEN
+    free = (f"{folder}-{number}" for number in itertools.count(len(others) + 1))
+    folder = next(one for one in itertools.chain([folder], free) if one.casefold() not in used)
     return Candidate(name, text, folder, settings)
 
 

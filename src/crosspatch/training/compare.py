@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +61,8 @@ class Plan:
 
     data, reading: as train_run takes them; candidates; common: settings that hold for all; seeds;
     split_seed; epochs of each run, or time: seconds asked for all, and each: those of one run;
-    fixed: settings that were measured once so that all runs have the same (threads, eval_every);
+    fixed: settings that were measured once so that all runs have the same (threads, eval_every),
+    unless a candidate has its own;
     uses: by candidate the sha256 of teachers, labels and weights; seconds: by candidate, expected
     of one run; fingerprint: of the data; remarks: sentences; command, created.
     """
@@ -92,7 +94,7 @@ class Plan:
     def overrides(self, candidate: Candidate, seed: int) -> dict[str, Any]:
         """What train_run is given for one run."""
         length = {"epochs": self.epochs} if self.epochs else {"time": self.each}
-        given = {**self.common, **candidate.settings, **self.fixed}
+        given = {**self.common, **self.fixed, **candidate.settings}
         return {**given, **length, "seed": seed, "split_seed": self.split_seed}
 
     def runs(self, out: Path) -> Iterator[tuple[Candidate, int, Path]]:
@@ -150,6 +152,9 @@ def compare(
             _write(out, plan, {})
         else:
             _require_same(plan, open_source(plan.data, **plan.reading), out)
+            kept = _read(out)
+            if plan.seeds != tuple(kept["plan"]["seeds"]):  # more than it was begun with
+                _write(out, plan, kept.get("failed", {}))
         failed = _train_all(plan, out, tell)
     found = read_compared(plan, out, failed)
     write_compared(found, out, lambda results: _write(out, plan, failed, results))
@@ -184,13 +189,15 @@ def _train_all(plan: Plan, out: Path, tell: Any) -> dict[str, str]:
 
 
 def _write_so_far(plan: Plan, out: Path, failed: dict[str, str]) -> None:
-    """What the seeds say that all candidates have ended with, if there are such."""
+    """What the seeds say that all candidates have ended or failed with, if there are such."""
+    ended = {(one.folder, seed) for one, seed, run in plan.runs(out) if RunFolder(run).ended}
     whole = [
         seed
         for seed in plan.seeds
-        if all(RunFolder(out / one.folder / f"seed-{seed}").ended for one in plan.candidates)
-    ]
-    if whole:
+        if all((one.folder, seed) in ended or f"{one.folder}/seed-{seed}" in failed
+               for one in plan.candidates)
+    ]  # fmt: skip
+    if any(seed in whole for _, seed in ended):
         found = read_compared(replace(plan, seeds=tuple(whole)), out, failed)
         write_compared(found, out, lambda results: _write(out, plan, failed, results))
 
@@ -212,7 +219,7 @@ def _planned(
     plan = Plan(
         spec, dict(asked.reading), tuple(candidates), first, seeds, split_seed, epochs, asked.time,
         asked.time / runs if asked.time else None, fingerprint=source.fingerprint(),
-        command=" ".join(sys.argv), created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join(sys.argv), created=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     if "threads" in first:
         plan = replace(plan, fixed={"threads": first["threads"]})
@@ -221,10 +228,10 @@ def _planned(
         tell.progress("trying candidates out", place, len(candidates))
         recipe, seconds = _tried(plan, candidate, source)
         recipes.append(recipe)
-        fixed = {"threads": recipe.threads}
+        own = "threads" in candidate.settings
         plan = replace(
             plan,
-            fixed=fixed,
+            fixed=plan.fixed if own else {"threads": recipe.threads},
             uses={**plan.uses, candidate.name: _uses(recipe)},
             seconds={**plan.seconds, candidate.name: round(seconds, 1)},
         )
@@ -315,7 +322,6 @@ def _begun(out: Path, spec: str, asked: Asked, resume: bool) -> Plan | None:
     if asked.seeds and asked.seeds > len(plan.seeds):
         first = plan.seeds[0]
         plan = replace(plan, seeds=tuple(range(first, first + asked.seeds)))
-        _write(out, plan, kept.get("failed", {}))
     return plan
 
 

@@ -7,6 +7,8 @@ import csv
 import importlib.util
 import io
 import os
+import shlex
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,9 @@ def write_compared(
     made: dict[str, bytes] = {TABLE: table(found).encode(), PAGE: page(found).encode()}
     if can_draw():
         drawn = io.BytesIO()
-        figure(found).savefig(drawn, format="png", dpi=120)
+        with warnings.catch_warnings():  # letters that the font lacks are drawn as boxes
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            figure(found).savefig(drawn, format="png", dpi=120)
         made[FIGURE] = drawn.getvalue()
     for name, data in made.items():
         aside = out / f".writing-{os.getpid()}-{name}"
@@ -72,7 +76,7 @@ def table(found: Compared) -> str:
                 row.name, run.seed, f"{run.correct.mean():.6f}", int(run.correct.sum()),
                 len(run.correct), test.get("nll", ""), test.get("ece", ""),
                 val.get("accuracy", val.get("map", "")), run.report["steps"],
-                run.report["seconds"], run.report["parameters"], run.report["macs"],
+                round(run.seconds, 3), run.report["parameters"], run.report["macs"],
                 f"{row.candidate.folder}/seed-{run.seed}",
             ])  # fmt: skip
     return text.getvalue()
@@ -113,8 +117,13 @@ def page(found: Compared) -> str:
 
 def _command(typed: str) -> str:
     """The command as it is typed, whatever path its program was started by."""
-    program, space, rest = typed.partition(" ")
-    return f"crosspatch{space}{rest}" if program.endswith(("__main__.py", "crosspatch")) else typed
+    try:
+        words = shlex.split(typed)
+    except ValueError:
+        return typed
+    if words and words[0].endswith(("__main__.py", "crosspatch")):
+        return shlex.join(["crosspatch", *words[1:]])
+    return typed
 
 
 def _how(found: Compared) -> Iterable[str]:
@@ -158,7 +167,8 @@ def _markdown_row(row: Row, found: Compared) -> list[str]:
 def _percent(found: Estimate | None) -> str:
     if found is None:
         return "–"
-    return f"{100 * found.mean:.1f} ({100 * found.low:.1f} to {min(100.0, 100 * found.high):.1f})"
+    low, high = max(0.0, 100 * found.low), min(100.0, 100 * found.high)
+    return f"{100 * found.mean:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _points(found: Estimate | None) -> str:
@@ -194,7 +204,8 @@ def figure(found: Compared) -> Any:
     split = found.pictures
     seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''}"
     text = f"{split['train']:,} training and {split['test']:,} test pictures, {seeds}"
-    made.supxlabel(f"{Path(found.plan.data).name}: {text}", fontsize=8, color="#555555")
+    text = f"{Path(found.plan.data).name}: {text}"
+    made.supxlabel(text, fontsize=8, color="#555555", parse_math=False)
     return made
 
 
@@ -219,13 +230,14 @@ def _intervals(panel: Any, rows: Sequence[Row], colours: dict[str, str], found: 
         panel.annotate(f"{mean:+.1f}", (mean, place), (0, 7), textcoords="offset points",
                        ha="center", fontsize=8.5, color=colours[row.name])  # fmt: skip
     panel.axvline(0, color="#000000", linewidth=0.9, linestyle=(0, (4, 3)))
-    panel.set_yticks(range(len(rows)), names, fontsize=8.5)
+    panel.set_yticks(range(len(rows)), names, fontsize=8.5, parse_math=False)
     for label, row in zip(panel.get_yticklabels(), rows, strict=True):
         label.set_color(colours[row.name])
     panel.set_ylim(len(rows) - 0.4, -0.6)
     edge = 1.12 * max(ends)
     panel.set_xlim(-edge, edge)
-    panel.set_xlabel(f"points of test accuracy against {_cut(base.name)}", fontsize=9)
+    text = f"points of test accuracy against {_cut(base.name)}"
+    panel.set_xlabel(text, fontsize=9, parse_math=False)
     panel.set_title("difference, 95 % interval; ticks: seeds", loc="left", fontsize=10)
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ import numpy as np
 
 from crosspatch.errors import DataError
 from crosspatch.metrics.paired import Estimate, by_class, crossed, holm, needed
+from crosspatch.metrics.tails import by_frequency, group_sizes
+from crosspatch.training.run import RunFolder
 
 if TYPE_CHECKING:
     from crosspatch.training.candidates import Candidate
@@ -28,7 +30,8 @@ POINT = 0.01
 
 @dataclass(frozen=True)
 class Run:
-    """One ended run. keys, labels, correct (N,): of the test pictures; report: report.json."""
+    """One ended run. keys, labels, correct (N,): of the test pictures; report: report.json;
+    taught: seconds in which it trained a teacher of its own."""
 
     seed: int
     folder: Path
@@ -36,12 +39,18 @@ class Run:
     labels: tuple[str, ...]
     correct: np.ndarray
     report: dict[str, Any]
+    taught: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the training, its teacher's included."""
+        return self.taught + self.report["seconds"]
 
     @property
     def curve(self) -> list[tuple[int, float, float]]:
         """(step, seconds, figure on validation) of every validation."""
         return [
-            (row["step"], row["elapsed"], figure)
+            (row["step"], self.taught + row["elapsed"], figure)
             for row in self.report["history"]
             if (figure := row.get("val_accuracy", row.get("val_map"))) is not None
         ]
@@ -147,13 +156,14 @@ def read_compared(plan: Plan, out: Path, failed: Mapping[str, str]) -> Compared:
 def read_run(folder: Path, seed: int) -> Run:
     """An ended run. Raises DataError where its tables are missing or damaged."""
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report, lesson = (_report(one) for one in (folder, RunFolder(folder).teacher))
         with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
         correct = np.array([row["correct"] == "1" for row in rows])
         labels = tuple(row.get("label") or row.get("labels") or "" for row in rows)
         keys = tuple(row["path"] for row in rows)
-        if not len(keys) or len(keys) != report["split"]["test"]:
+        taught = float(lesson["seconds"]) if lesson else 0.0
+        if not report or not len(keys) or len(keys) != report["split"]["test"]:
             raise ValueError(f"{len(keys)} test pictures")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -161,14 +171,20 @@ def read_run(folder: Path, seed: int) -> Run:
             "a run that has ended: report.json and predictions.csv",
             f"delete {folder} and type the command again",
         ) from error
-    return Run(seed, folder, keys, labels, correct, report)
+    return Run(seed, folder, keys, labels, correct, report, taught)
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """report.json of a run, empty where there is none."""
+    path = RunFolder(folder).report_path
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _weights(run: Run, counts: Sequence[int]) -> dict[str, np.ndarray]:
     """How much each test picture counts in balanced accuracy, and in that of the tail."""
-    names = [row["name"] for row in run.report["test"]["classes"]]
-    labels = np.array([names.index(label) for label in run.labels])
-    rare = np.argsort(counts, kind="stable")[: max(1, (3 * len(counts) + 5) // 10)]
+    place = {row["name"]: number for number, row in enumerate(run.report["test"]["classes"])}
+    labels = np.array([place[label] for label in run.labels])
+    rare = by_frequency(counts)[-max(1, group_sizes(len(counts))[2]) :]
     found = {"balanced": by_class(labels)}
     if np.isin(labels, rare).any():
         found["tail"] = by_class(labels, rare.tolist())
@@ -198,8 +214,8 @@ def _row(
 
 
 def _cost(runs: Sequence[Run]) -> dict[str, float]:
-    """Means over seeds: seconds, steps, epochs, pictures a second in training; of the model
-    parameters and MACs; of the test nll (nats) and ece."""
+    """Means over seeds: seconds (also of a teacher that the run trained), steps, epochs, pictures a
+    second in training; of the model parameters and MACs; of the test nll (nats) and ece."""
     reports = [run.report for run in runs]
 
     def mean(read: Callable[[dict[str, Any]], float | None]) -> float:
@@ -212,7 +228,7 @@ def _cost(runs: Sequence[Run]) -> dict[str, float]:
         return statistics.median(found) if found else None
 
     figures = {
-        "seconds": mean(lambda one: one["seconds"]),
+        "seconds": statistics.fmean(run.seconds for run in runs),
         "steps": mean(lambda one: one["steps"]),
         "epochs": mean(lambda one: one["steps"] / one["config"]["recipe"]["steps_per_epoch"]),
         "images_per_second": mean(rate),
@@ -240,7 +256,7 @@ def _judged(rows: Sequence[Row], names: Mapping[str, str], failed: Mapping[str, 
         if lost:
             note = f"{len(lost)} of its runs failed ({failed[lost[0]]})"
             text = f"{text}; {note}" if text else note
-        told.append(Row(**{**row.__dict__, "p": p, "verdict": text or "could not be compared"}))
+        told.append(replace(row, p=p, verdict=text or "could not be compared"))
     return told
 
 
@@ -309,7 +325,7 @@ def _record(row: Row) -> dict[str, Any]:
                 "seed": run.seed,
                 "folder": f"{row.candidate.folder}/seed-{run.seed}",
                 "accuracy": float(run.correct.mean()),
-                "seconds": run.report["seconds"],
+                "seconds": run.seconds,
                 "curve": run.curve,
             }
             for run in row.runs
