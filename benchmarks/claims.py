@@ -120,7 +120,7 @@ GROUPS = {
         {"model": PLAIN},
         (
             Claim("resizemix", "resizemix", f"ResizeMix alone {MORE}."),
-            Claim("resizemix", "all", f"All mixings together, ResizeMix among them, {MORE}."),
+            Claim("resizemix", "all", f"A draw among all mixings {MORE}."),
             Claim("mixpro", "maskmix", f"MaskMix {MORE}."),
             Claim("mixpro", "transmix", f"TransMix {MORE}."),
             Claim("mixpro", "mixpro", f"MaskMix with progressive attention labels {MORE}."),

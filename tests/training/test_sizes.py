@@ -89,6 +89,8 @@ def test_a_model_of_one_size_says_so(opened, tmp_path):
     trained(tmp_path / "r", model="vit_micro_32", epochs=1, sizes=None)
     with pytest.raises(UsageError, match="made for 16"):
         load(tmp_path / "r", size=(8, 8))
+    with pytest.raises(UsageError, match="would not be seen"):
+        load(tmp_path / "r", size=(18, 16))
 
 
 def test_each_size_has_draws_of_its_own_and_they_depend_on_nothing_else(images, make_recipe):

@@ -13,7 +13,8 @@ The features may also be the mean of the patches, or the logits, which are not w
 compared by squared difference, cosine or Kullback-Leibler divergence.
 
 The network need not be a ResFormer: any that takes several sizes will do (`training/sizes.py`).
-Departures: of a network without class token, f is what its classifier reads; one backward pass.
+Departures: of a network without class token, f is what its classifier reads; one backward pass; no
+mixing apart for each size (the authors' `sep-mix`, which no released model was trained with).
 """
 
 from __future__ import annotations

@@ -82,7 +82,13 @@ def at_size(trained: Trained, size: Size) -> Trained:
 
     Raises UsageError where it takes no such size.
     """
-    own = trained.preprocess
+    own, patch = trained.preprocess, _patch(trained.module)
+    if any(side % p for side, p in zip(size, patch, strict=True)):
+        raise UsageError(
+            f"pictures of {spelt(size)} pixels",
+            f"multiples of {spelt(patch)}, the model's patches: what is over would not be seen",
+            "change --size",
+        )
     room = zip(size, own.store, own.size, strict=True)
     rows, columns = (max(side, round(side * store / mine)) for side, store, mine in room)
     try:

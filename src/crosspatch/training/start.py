@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -62,7 +63,7 @@ def start_run(
     config = {
         "run": {
             "data": str(spec),
-            "command": " ".join(sys.argv),
+            "command": shlex.join(sys.argv),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "fingerprint": pictures.fingerprint,
             "estimate_seconds": round(estimate, 1),
