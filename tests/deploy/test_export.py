@@ -114,6 +114,9 @@ FAMILIES = {
         {"img_size": (36, 44), "depths": (2, 6), "num_heads": (1, 2), "detection": True},
     ),
 }
+xp.list_models("crossvit*")  # registers them all
+MICRO = [name for name in registry._ENTRIES if "_micro_" in name]
+FAMILIES |= {n: (n, {}) for n in MICRO if n not in {name for name, _ in FAMILIES.values()}}
 QUICK = ("crossvit, cross", "vit, merging", "vit, registers and scales")
 
 

@@ -1,24 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One backbone paper, one file. Importing this package registers every model."""
 
-from crosspatch.models import (
-    crossvit,
-    deit,
-    evo_levit,
-    lvvit,
-    psvit,
-    resformer,
-    resnet_cifar,
-    stvit_r,
-)
+import importlib
+import pkgutil
 
-__all__ = [
-    "crossvit",
-    "deit",
-    "evo_levit",
-    "lvvit",
-    "psvit",
-    "resformer",
-    "resnet_cifar",
-    "stvit_r",
-]
+for _found in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_found.name}")
