@@ -1,0 +1,214 @@
+"""Backbones beside each other: parameters, multiply-adds and milliseconds, and what they learn.
+
+    python benchmarks/backbones.py speed [--threads 2] [--seconds 12] [--only NAME …]
+    python benchmarks/backbones.py learn --data FOLDER --out FOLDER [--epochs 5] [--seeds 3]
+           [--threads 1] [--time 2h]
+    python benchmarks/backbones.py page
+
+speed: one variant of each paper beside the timm network whose multiply-adds are nearest, at batch
+1 and 8, in one process and in alternation; rows go into results/backbones.csv. learn: the small
+presets, whose multiply-adds are alike, by `crosspatch compare` with one recipe, against the preset
+that `train` takes; FOLDER holds train/CLASS/ and test/CLASS/ of pictures of 32 pixels. page: writes
+docs/backbones.md from both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import shlex
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import crosspatch._torchvision
+
+import timm
+import torch
+
+import crosspatch as xp
+from crosspatch.cli.compare import Whole
+from crosspatch.cli.compare import _print as show
+from crosspatch.cli.screen import Screen
+from crosspatch.metrics.latency import alternate, ratio
+from crosspatch.metrics.macs import count_macs
+from crosspatch.training.compare import Asked, compare
+from hardware import RESULTS, append, facts, milliseconds
+
+PAGE = Path(__file__).parent.parent / "docs" / "backbones.md"
+OURS = (
+    "crossvit_small_240", "swin_tiny_patch4_window7_224", "convnext_tiny", "nextvit_small",
+    "cct_14_7x2_224", "cvt_13", "dhvt_small_imagenet_patch16", "crossformer_small", "cat_small",
+    "smt_s", "hornet_tiny_7x7", "poolformer_s24", "fcaformer_l2",
+)  # fmt: skip
+PEERS = (
+    "deit_tiny_patch16_224", "deit_small_patch16_224", "resnet18", "resnet34", "resnet50",
+    "convnext_nano", "convnext_tiny", "swin_tiny_patch4_window7_224", "poolformer_s24",
+    "regnety_016", "regnety_032", "crossvit_small_240", "pvt_v2_b2", "levit_256",
+    "xcit_tiny_12_p16_224",
+)  # fmt: skip
+BASE = "crossvit_micro_32"
+SMALL = (
+    "vit_micro_32", "swin_micro_32", "convnext_micro_32", "nextvit_micro_32", "cct_micro_32",
+    "cvt_micro_32", "dhvt_micro_32", "crossformer_micro_32", "cat_micro_32", "smt_micro_32",
+    "hornet_micro_32", "metaformer_micro_32", "fcaformer_micro_32", "duoformer_micro_32",
+)  # fmt: skip
+SIDE = 224
+
+
+def counted(name: str, make: Any) -> int:
+    """Multiply-adds at the network's own size, without its numbers."""
+    with torch.device("meta"):
+        model = make(name)
+    side = model.default_cfg["input_size"][1]
+    return count_macs(model, (3, side, side))
+
+
+def nearest(macs: int) -> tuple[str, int]:
+    """timm's network of the most similar multiply-adds."""
+    found = {name: counted(name, timm.create_model) for name in PEERS}
+    name = min(found, key=lambda one: abs(math.log(found[one] / macs)))
+    return name, found[name]
+
+
+def forward(model: torch.nn.Module, x: torch.Tensor) -> None:
+    with torch.inference_mode():
+        model(x)
+
+
+def speed(asked: argparse.Namespace) -> None:
+    torch.set_num_threads(asked.threads)
+    for name in asked.only or OURS:
+        macs = counted(name, xp.create_model)
+        peer, theirs = nearest(macs)
+        models = {
+            name: xp.create_model(name).eval(),
+            peer + " (timm)": timm.create_model(peer).eval(),
+        }
+        for batch in (1, 8):
+            calls = {}
+            for who, model in models.items():
+                side = model.default_cfg["input_size"][1]
+                calls[who] = partial(forward, model, torch.randn(batch, 3, side, side))
+            times = alternate(calls, seconds=asked.seconds, least=7, settle=0)
+            first, second = calls
+            row = {
+                "backbone": name,
+                "parameters": sum(p.numel() for p in models[first].parameters()),
+                "gmacs": round(macs / 1e9, 3),
+                "peer": peer,
+                "peer_gmacs": round(theirs / 1e9, 3),
+                "batch": batch,
+                "threads": asked.threads,
+                **milliseconds(times[first]),
+                "peer_median_ms": milliseconds(times[second])["median_ms"],
+                "times_peer": round(ratio(times[first], times[second]).median, 3),
+                "turns": times[first].count,
+                **facts("torch", "timm"),
+            }
+            append(RESULTS / "backbones.csv", [row])
+            print(*list(row.values())[:12], flush=True)
+
+
+def short(name: str) -> str:
+    return name.removesuffix("_micro_32")
+
+
+def learn(asked: argparse.Namespace) -> None:
+    names = [BASE, *(asked.only or SMALL)]
+    tries = ",".join(f"{short(name)}=model={name}" for name in names)
+    common = {"size": 32, "threads": asked.threads}
+    typed = Asked(tries, asked.seeds, asked.time, None if asked.time else asked.epochs, common)
+    with Screen() as screen:
+        found = compare(str(asked.data), asked.out, typed, Whole(screen))
+        show(screen, found)
+    for name, end in (("compare.md", "md"), ("compare.png", "png"), ("results.csv", "csv")):
+        shutil.copy(asked.out / name, RESULTS / f"backbones-learn.{end}")
+    about = {"results": found.results(), "command": _typed(asked)}
+    (RESULTS / "backbones-learn.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
+
+
+def _typed(asked: argparse.Namespace) -> str:
+    """The command without this machine's paths."""
+    words = [
+        "python",
+        "benchmarks/backbones.py",
+        "learn",
+        "--data",
+        "cifar10",
+        "--out",
+        "backbones",
+    ]
+    for name in ("epochs", "seeds", "threads"):
+        words += [f"--{name}", str(getattr(asked, name))]
+    return shlex.join(words)
+
+
+def page(asked: argparse.Namespace) -> None:
+    """docs/backbones.md, of what was measured."""
+    del asked
+    lines = ["# Backbones", "", "Generated by `python benchmarks/backbones.py page`.", ""]
+    lines += _small() if (RESULTS / "backbones-learn.json").is_file() else []
+    lines += _large() if (RESULTS / "backbones.csv").is_file() else []
+    PAGE.write_text("\n".join(lines))
+
+
+def _small() -> list[str]:
+    about = json.loads((RESULTS / "backbones-learn.json").read_text())
+    text = (RESULTS / "backbones-learn.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    told = [line for line in text.splitlines() if line.startswith("- ")]
+    return [
+        "## What small presets learn", "",
+        f"CIFAR-10, networks of about the multiply-adds of `{BASE}`, which is what `train` takes "
+        "by default for pictures of this size; one recipe, paired differences:", "",
+        *table, "", *told, "", f"`{about['command']}`", "",
+    ]  # fmt: skip
+
+
+def _large() -> list[str]:
+    with (RESULTS / "backbones.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        "## Time on a CPU", "",
+        "Beside the timm network whose multiply-adds are nearest, alternating in one process; "
+        "`times` is how long ours takes as a multiple of the other.", "",
+        "| backbone | M parameters | GMACs | batch | ms (5 % to 95 %) | peer | its GMACs | its ms "
+        "| times |",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|",
+    ]  # fmt: skip
+    for row in rows:
+        lines.append(
+            f"| {row['backbone']} | {int(row['parameters']) / 1e6:.2f} | {row['gmacs']} | "
+            f"{row['batch']} | {row['median_ms']} ({row['low_ms']} to {row['high_ms']}) | "
+            f"{row['peer']} | {row['peer_gmacs']} | {row['peer_median_ms']} | {row['times_peer']} |"
+        )
+    last = rows[-1]
+    told = f"{last['threads']} threads, {last['machine']}, torch {last['torch']}, {last['date']}."
+    return [*lines, "", told, "", "`python benchmarks/backbones.py speed`", ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(required=True)
+    for verb in (speed, learn, page):
+        one = verbs.add_parser(verb.__name__)
+        one.set_defaults(verb=verb)
+        one.add_argument("--threads", type=int, default=2 if verb is speed else 1)
+        one.add_argument("--only", nargs="+")
+        one.add_argument("--seconds", type=float, default=12)
+        one.add_argument("--data", type=Path, required=verb is learn)
+        one.add_argument("--out", type=Path, required=verb is learn)
+        one.add_argument("--epochs", type=int, default=5)
+        one.add_argument("--seeds", type=int, default=3)
+        one.add_argument("--time", type=float, help="seconds for all")
+    asked = parser.parse_args()
+    asked.verb(asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
