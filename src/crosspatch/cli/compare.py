@@ -106,7 +106,8 @@ def compare(
     from crosspatch.cli.screen import Screen, print_json
 
     with Screen(stderr=output.json) as screen:
-        from crosspatch.training.compare import PLAN, Asked, compare
+        from crosspatch.training.compare import Asked, compare
+        from crosspatch.training.comparison import PLAN
 
         asked = Asked(tried.tried, tried.seeds, length.time, length.epochs, common, reading)
         again = words.command("crosspatch", "compare", data, "--out", out, "--resume")

@@ -15,8 +15,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +28,7 @@ from crosspatch.training import plan as plans
 from crosspatch.training.candidates import Candidate, parse_candidates
 from crosspatch.training.compare_report import write_compared
 from crosspatch.training.compared import Compared, read_compared
+from crosspatch.training.comparison import PLAN, Plan, read_plan, write_plan
 from crosspatch.training.guard import NotFinite
 from crosspatch.training.measure import settle_length
 from crosspatch.training.objective import SUPERVISED, make_objective
@@ -38,11 +39,9 @@ from crosspatch.training.resuming import with_defaults
 from crosspatch.training.run import RunFolder
 from crosspatch.training.session import train_run
 from crosspatch.training.start import planned
-from crosspatch.training.state import TEMPORARY, flush_file, flush_folder
+from crosspatch.training.state import TEMPORARY
 from crosspatch.training.taught import learns_first
 
-PLAN = "compare.json"
-SCHEMA = 1
 LEFT = 0.02  # of the time is kept for what comes after the runs
 SURE = 0.9  # of the time must be left after all was tried out, or it is tried out once more
 EPOCHS = 30  # of each run where neither a time nor a number is given
@@ -53,67 +52,6 @@ class Watcher(Reporter, Protocol):
     and the seconds that it is expected to take."""
 
     def begins(self, name: str, seed: int, number: int, total: int, seconds: float) -> None: ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared and how: the part of compare.json that never changes, more seeds excepted.
-
-    data, reading: as train_run takes them; candidates; common: settings that hold for all; seeds;
-    split_seed; epochs of each run, or time: seconds asked for all, and each: those of one run;
-    fixed: settings that were measured once so that all runs have the same (threads, eval_every),
-    unless a candidate has its own;
-    uses: by candidate the sha256 of teachers, labels and weights; seconds: by candidate, expected
-    of one run; fingerprint: of the data; remarks: sentences; command, created.
-    """
-
-    data: str
-    reading: dict[str, Any]
-    candidates: tuple[Candidate, ...]
-    common: dict[str, Any]
-    seeds: tuple[int, ...]
-    split_seed: int
-    epochs: int | None
-    time: float | None
-    each: float | None
-    fixed: dict[str, Any] = field(default_factory=dict)
-    uses: dict[str, dict[str, str]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    fingerprint: str = ""
-    remarks: tuple[str, ...] = ()
-    command: str = ""
-    created: str = ""
-
-    @property
-    def expected(self) -> float:
-        """Seconds that all runs take, as far as that was foreseen."""
-        if self.each is not None:
-            return self.each * len(self.seeds) * len(self.candidates)
-        return sum(self.seconds.values()) * len(self.seeds)
-
-    def overrides(self, candidate: Candidate, seed: int) -> dict[str, Any]:
-        """What train_run is given for one run."""
-        length = {"epochs": self.epochs} if self.epochs else {"time": self.each}
-        given = {**self.common, **self.fixed, **candidate.settings}
-        return {**given, **length, "seed": seed, "split_seed": self.split_seed}
-
-    def runs(self, out: Path) -> Iterator[tuple[Candidate, int, Path]]:
-        """Every run in the order in which they are trained, with its folder."""
-        for seed in self.seeds:
-            for candidate in self.candidates:
-                yield candidate, seed, out / candidate.folder / f"seed-{seed}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-    @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_dict`, from JSON."""
-        made: dict[str, Any] = {key: given.get(key) for key in ("epochs", "time", "each")}
-        made |= {key: given[key] for key in given if key in cls.__dataclass_fields__}
-        made["candidates"] = tuple(Candidate(**one) for one in given["candidates"])
-        made["seeds"], made["remarks"] = tuple(given["seeds"]), tuple(given["remarks"])
-        return cls(**made)
 
 
 class Asked(NamedTuple):
@@ -149,21 +87,21 @@ def compare(
             _require_free(out)
             source = open_source(spec, **asked.reading)
             plan = _planned(source, str(spec), asked, candidates, tell, began)
-            _write(out, plan, {})
+            write_plan(out, plan, {})
         else:
             _require_same(plan, open_source(plan.data, **plan.reading), out)
-            kept = _read(out)
+            kept = read_plan(out)
             if plan.seeds != tuple(kept["plan"]["seeds"]):  # more than it was begun with
-                _write(out, plan, kept.get("failed", {}))
+                write_plan(out, plan, kept.get("failed", {}))
         failed = _train_all(plan, out, tell)
     found = read_compared(plan, out, failed)
-    write_compared(found, out, lambda results: _write(out, plan, failed, results))
+    write_compared(found, out, lambda results: write_plan(out, plan, failed, results))
     return found
 
 
 def _train_all(plan: Plan, out: Path, tell: Any) -> dict[str, str]:
     """Every run that has not ended; what failed, and why, by `CANDIDATE/seed-N`."""
-    failed = _read(out).get("failed", {})
+    failed = read_plan(out).get("failed", {})
     total = len(plan.seeds) * len(plan.candidates)
     for number, (candidate, seed, folder) in enumerate(plan.runs(out), 1):
         key = f"{candidate.folder}/seed-{seed}"
@@ -184,7 +122,7 @@ def _train_all(plan: Plan, out: Path, tell: Any) -> dict[str, str]:
                 raise
             failed = {**failed, key: error.got}
             tell.message(f"{candidate.name} with seed {seed} failed: {error.got}")
-            _write(out, plan, failed)
+            write_plan(out, plan, failed)
     return failed
 
 
@@ -199,7 +137,7 @@ def _write_so_far(plan: Plan, out: Path, failed: dict[str, str]) -> None:
     ]  # fmt: skip
     if any(seed in whole for _, seed in ended):
         found = read_compared(replace(plan, seeds=tuple(whole)), out, failed)
-        write_compared(found, out, lambda results: _write(out, plan, failed, results))
+        write_compared(found, out, lambda results: write_plan(out, plan, failed, results))
 
 
 def _planned(
@@ -310,7 +248,7 @@ def _begun(out: Path, spec: str, asked: Asked, resume: bool) -> Plan | None:
         if not asked.tries:
             raise UsageError("--try is missing", "what is to be compared", "--try base,mixup")
         return None
-    kept = _read(out)
+    kept = read_plan(out)
     plan = Plan.from_dict(kept["plan"])
     differing = _differing(plan, spec, asked, resume)
     if differing:
@@ -401,44 +339,3 @@ def _require_free(out: Path) -> None:
 
 def _plain(given: Any) -> Any:
     return json.loads(json.dumps(given, default=str))
-
-
-def _read(out: Path) -> dict[str, Any]:
-    """compare.json. Raises DataError where it is damaged or of a newer version."""
-    try:
-        kept = json.loads((out / PLAN).read_text(encoding="utf-8"))
-        if kept["schema"] == SCHEMA:
-            Plan.from_dict(kept["plan"])
-            return kept
-        why = f"schema {kept['schema']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = str(error)
-    raise DataError(
-        f"{out / PLAN} cannot be read ({why})",
-        "the plan of a comparison of this version",
-        "choose another --out",
-    )
-
-
-def _write(
-    out: Path, plan: Plan, failed: Mapping[str, str], results: Mapping[str, Any] | None = None
-) -> None:
-    """compare.json, whole or as it was."""
-    whole = {"schema": SCHEMA, "plan": plan.to_dict(), "failed": dict(failed)}
-    if results is not None:
-        whole["results"] = dict(results)
-    text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False, default=str)
-    draft = out / f"{TEMPORARY}{PLAN}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text + "\n", encoding="utf-8")
-        flush_file(draft)
-        os.replace(draft, out / PLAN)
-        flush_folder(out)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise UsageError(
-            f"{out / PLAN} cannot be written: {error.strerror}",
-            "a folder that can be written, and room on the disk",
-            "make room or choose another --out, then type it again",
-        ) from error

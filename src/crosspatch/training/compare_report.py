@@ -154,7 +154,7 @@ def _how(found: Compared) -> Iterable[str]:
 
 def _markdown_row(row: Row, found: Compared) -> list[str]:
     cells = [row.name, _percent(row.accuracy), _points(row.difference)]
-    cells.append("–" if row.p is None else f"{row.p:.3f}")
+    cells.append("–" if row.p is None else f"{row.p:.3f}" if row.p >= 0.0005 else "<0.001")
     if found.baseline.balanced:
         cells += [_percent(row.balanced), _percent(row.tail)]
     cost = row.cost

@@ -10,18 +10,16 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from crosspatch.errors import DataError
 from crosspatch.metrics.paired import Estimate, by_class, crossed, holm, needed
 from crosspatch.metrics.tails import by_frequency, group_sizes
+from crosspatch.training.candidates import Candidate
+from crosspatch.training.comparison import Plan
 from crosspatch.training.run import RunFolder
-
-if TYPE_CHECKING:
-    from crosspatch.training.candidates import Candidate
-    from crosspatch.training.compare import Plan
 
 UNEVEN = 2.0  # times as many training pictures in a class as in another: classes are then balanced
 SHOWN = 0.05  # p below which a difference is shown
