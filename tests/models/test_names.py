@@ -1,0 +1,60 @@
+"""What timm's own tests ask of every name, on the meta device: shapes without numbers.
+
+A name whose settings tell the size of its last map (`pool_size`) is a backbone of maps.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import crosspatch as xp
+from crosspatch.models import registry
+
+xp.list_models("crossvit*")  # registers them all
+
+
+def built(name: str, **asked):
+    with torch.device("meta"):
+        return xp.create_model(name, **asked).eval()
+
+
+def pictures(side: tuple[int, ...], batch: int = 1) -> torch.Tensor:
+    return torch.zeros(batch, *side, device="meta")
+
+
+BACKBONES = [name for name in registry._ENTRIES if built(name).default_cfg.get("pool_size")]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_maps_heads_and_settings_agree(name: str) -> None:
+    model = built(name)
+    settings, state = model.default_cfg, model.state_dict()
+    images, side = pictures(settings["input_size"]), tuple(settings["pool_size"])
+    with torch.no_grad():
+        last = model.forward_features(images)
+        rows = (1, 2) if model.output_fmt == "NHWC" else (2, 3)
+        assert tuple(last.shape[axis] for axis in rows) == side
+        assert last.shape[3 if rows == (1, 2) else 1] == model.num_features
+        flat = model.forward_head(last, pre_logits=True)
+        assert flat.shape == (1, model.head_hidden_size)
+        assert model(images).shape == (1, model.num_classes)
+        model.reset_classifier(0)
+        assert model(images).shape == (1, model.head_hidden_size)
+        model.reset_classifier(0, "")
+        assert tuple(model(images).shape[axis] for axis in rows) == side
+    for key in ("first_conv", "classifier"):
+        named = settings[key] if isinstance(settings[key], tuple | list) else (settings[key],)
+        assert all(f"{one}.weight" in state for one in named)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_maps_of_every_stage_are_as_promised(name: str) -> None:
+    with torch.device("meta"):
+        features = xp.create_model(name, features_only=True)
+    size = built(name).default_cfg["input_size"]
+    with torch.no_grad():
+        maps = features(pictures(size))
+    assert [one.shape[1] for one in maps] == features.feature_info.channels()
+    for found, stride in zip(maps, features.feature_info.reduction(), strict=True):
+        assert tuple(found.shape[2:]) == tuple(-(-side // stride) for side in size[1:])
