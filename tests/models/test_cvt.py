@@ -295,6 +295,7 @@ def test_norms_are_computed_in_full_precision() -> None:
     [
         ({"num_heads": (1, 2, 5)}, "must divide by 5 heads"),
         ({"num_heads": (1, 2)}, "heads has 2 entries for 3 stages"),
+        ({"embed_dim": (32, 64)}, "dim has 2 entries for 3 stages"),
         ({"qkv_proj_method": "conv"}, "expected one of dw_bn, avg, linear"),
         ({"stride_q": 2}, "stride 1 and a padding that keeps the size"),
         ({"init": "zeros"}, "expected one of trunc_norm, xavier"),

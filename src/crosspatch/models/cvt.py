@@ -26,7 +26,7 @@ W24 277.2, 193.2 at 384.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,42 +95,48 @@ class CvT(Pyramid):
         super().__init__()
         if init not in INITS:
             raise ValueError(f"init {init!r}; expected one of {', '.join(INITS)}")
+        stages = len(depths)
+        embeds = {
+            "dim": embed_dim, "kernel": patch_size, "stride": patch_stride,
+            "padding": patch_padding,
+        }  # fmt: skip
+        tokens = {"cls_token": _in_the_last(cls_token, stages, False), "pos_embed": pos_embed}
         blocks = {
             "depth": depths, "heads": num_heads, "mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias,
             "method": qkv_proj_method, "kernel": kernel_qkv, "padding_q": padding_q,
             "padding_kv": padding_kv, "stride_q": stride_q, "stride_kv": stride_kv,
             "proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate, "eps": norm_eps,
-            "drop_path": _in_the_last(drop_path_rate, len(depths), 0.0),
+            "drop_path": _in_the_last(drop_path_rate, stages, 0.0),
         }  # fmt: skip
-        embedding = {"kernel": patch_size, "stride": patch_stride, "padding": patch_padding}
-        tokens = {"cls_token": _in_the_last(cls_token, len(depths), False), "pos_embed": pos_embed}
-        stages = len(depths)
-        embeds = [
-            ConvEmbed(width, dim, eps=norm_eps, **options)
-            for width, dim, options in zip(
-                (in_chans, *embed_dim), embed_dim, _rows(embedding, stages), strict=False
-            )
-        ]
-        self.stem = embeds[0]
-        self.stages, size = nn.ModuleList(), pair(img_size)
-        rows = zip(embeds, embed_dim, _rows(blocks, stages), _rows(tokens, stages), strict=True)
-        for i, (embed, dim, options, token) in enumerate(rows):
-            size = _mapped(size, embed.proj)
-            table = size if token["pos_embed"] else None
-            made, drop = _blocks(dim, **options), options["proj_drop"]
-            downsample = embed if i else None
-            stage = ConvStage(downsample, dim, made, token["cls_token"], table, drop)
-            self.stages.append(stage)
+        rows = (_rows(columns, stages) for columns in (embeds, tokens, blocks))
+        strides = self._build(pair(img_size), in_chans, norm_eps, zip(*rows, strict=True))
         self.norm = LayerNormFp32(embed_dim[-1], eps=norm_eps)
         self.apply(partial(_init, xavier=init == "xavier"))
-        strides = [e.proj.stride[0] for e in embeds]
-        for i in range(1, stages):
-            strides[i] *= strides[i - 1]
         self.finish(
             embed_dim, strides, img_size=img_size, in_chans=in_chans, num_classes=num_classes,
             drop_rate=drop_rate,
         )  # fmt: skip
         self._pooling(global_pool if global_pool is not None else self._natural_pool())
+
+    def _build(self, size: Size, width: int, eps: float, rows: Iterable[Any]) -> list[int]:
+        """The stem and the stages, of their embeddings, tokens and blocks. Returns the strides."""
+        self.stages, strides = nn.ModuleList(), [1]
+        for i, (embedding, tokens, blocks) in enumerate(rows):
+            embed, width = ConvEmbed(width, eps=eps, **embedding), embedding["dim"]
+            size = _mapped(size, embed.proj)
+            strides.append(strides[-1] * embedding["stride"])
+            if not i:
+                self.stem = embed
+            stage = ConvStage(
+                embed if i else None,
+                width,
+                _blocks(width, **blocks),
+                cls_token=tokens["cls_token"],
+                size=size if tokens["pos_embed"] else None,
+                drop=blocks["proj_drop"],
+            )
+            self.stages.append(stage)
+        return strides[1:]
 
     @classmethod
     def from_authors(
