@@ -103,6 +103,10 @@ class Pyramid(nn.Module):
         """The map in what a stage gives."""
         return x
 
+    def finished(self, x: Any) -> Tensor:
+        """The normalised map in what the last stage gives."""
+        return self.norm(self.to_map(x))
+
     # ------------------------------------------------------------------ forward
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ class Pyramid(nn.Module):
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
-        return self.norm(self.to_map(x))
+        return self.finished(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The map of `forward_features` to logits (B, K), or to what the classifier reads (B, C);
@@ -191,7 +195,7 @@ class Pyramid(nn.Module):
                 found = self.to_map(x)
                 found = self.norm(found) if norm and number == count - 1 else found
                 maps.append(self._formatted(found, output_fmt))
-        return maps if intermediates_only else (self.norm(self.to_map(x)), maps)
+        return maps if intermediates_only else (self.finished(x), maps)
 
     def _formatted(self, x: Tensor, output_fmt: str) -> Tensor:
         if output_fmt == self.output_fmt:
