@@ -213,6 +213,8 @@ def test_the_authors_arguments_and_names() -> None:
             built, made = CompactTransformer.from_authors(fn=name), xp.create_model(name)
         theirs, ours = built.state_dict(), made.state_dict()
         assert {n: v.shape for n, v in theirs.items()} == {n: v.shape for n, v in ours.items()}
+    swallowed = CompactTransformer.from_authors(fn="cct_2_3x2_32", positional_embedding="none")
+    assert swallowed.pos_embed.requires_grad
     shape = {"img_size": 32, "embedding_dim": 24, "num_layers": 2, "num_heads": 3}
     rates = {"dropout": 0.1, "attention_dropout": 0.2, "stochastic_depth": 0.3}
     model = CompactTransformer.from_authors(cls="CVT", kernel_size=8, **shape, **rates)
@@ -248,6 +250,8 @@ def test_what_cannot_be_built_or_run_is_refused() -> None:
         tiny(kernel_size=7, padding=0)(torch.randn(1, 3, 5, 5))
     with pytest.raises(ValueError, match="such as cct_7_3x1_32"):
         CompactTransformer.from_authors(fn="cct_9_3x1_32")
+    with pytest.raises(ValueError, match="expected one of CCT, CVT, ViTLite"):
+        CompactTransformer.from_authors(cls="TextCCT")
     with pytest.raises(ValueError, match="arguments of the authors"):
         CompactTransformer.from_authors(cls="CCT", patch=3)
     with pytest.raises(ValueError, match="output_fmt"):

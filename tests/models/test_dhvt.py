@@ -100,10 +100,8 @@ def test_half_of_the_affines_is_not_none_of_them() -> None:
 def test_sizes(name: str) -> None:
     with torch.device("meta"):
         model = xp.create_model(name)
-        built = DHVT.from_authors(fn=name)
     parameters, macs = SIZES[name]
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, rel=1e-3)
-    assert sum(p.numel() for p in built.parameters()) == sum(p.numel() for p in model.parameters())
     assert count_macs(model, (3, *model.img_size)) / 1e9 == pytest.approx(macs, abs=6e-3)
     side = model.default_cfg["pool_size"][0]
     assert model.grid == (side, side)

@@ -45,6 +45,7 @@ from crosspatch.layers.block import Block, BlockOptions, BlockSpec
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.patch_embed import flatten_grid, pair
 from crosspatch.layers.position import BilinearTable, resize_tables
+from crosspatch.models.cct_names import CLASSES, NAMES, OURS, shape_of
 from crosspatch.models.flat import FlatTokens
 from crosspatch.models.registry import register, settings
 from crosspatch.models.vit import init_linear
@@ -260,11 +261,16 @@ class CompactTransformer(FlatTokens):
     @classmethod
     def from_authors(cls, /, **build: Any) -> CompactTransformer:
         """The model that the authors' constructor builds from the arguments `build`: `fn`, a name
-        such as "cct_7_3x1_32", or `cls`, one of "CCT", "CVT" and "ViTLite", and what it takes.
-        Raises ValueError for another argument."""
-        build = {_OURS.get(name, name): value for name, value in build.items()}
+        such as "cct_7_3x1_32", or `cls`, one of "CCT", "CVT" and "ViTLite", and what it takes. As
+        with them, the positions of CCT and CVT by name are those of the name. Raises ValueError for
+        another name or argument."""
+        build = {OURS.get(name, name): value for name, value in build.items()}
         name, family = build.pop("fn", None), build.pop("cls", None)
-        arguments = shape_of(name) if name else dict(_CLASSES[family])
+        if not name and family not in CLASSES:
+            raise ValueError(f"cls={family!r}; expected one of {', '.join(CLASSES)}, or fn")
+        arguments = shape_of(name) if name else dict(CLASSES[family])
+        if name and arguments["seq_pool"]:
+            build.pop("positional_embedding", None)
         if "dropout" in build:
             build |= dict.fromkeys(("pos_drop_rate", "proj_drop_rate"), build.pop("dropout"))
         for ignored in ("pretrained", "progress"):
@@ -275,21 +281,6 @@ class CompactTransformer(FlatTokens):
             raise ValueError(f"{error}; expected arguments of the authors' models") from error
 
 
-# ---------------------------------------------------------------------- the authors' names
-
-_OURS = {
-    "embedding_dim": "embed_dim",
-    "n_input_channels": "in_chans",
-    "num_layers": "depth",
-    "attention_dropout": "attn_drop_rate",
-    "stochastic_depth": "drop_path_rate",
-}
-_PLAIN = {"embed_dim": 768, "depth": 14, "num_heads": 6, "mlp_ratio": 4.0}
-_CLASSES = {
-    "CCT": {**_PLAIN, "n_conv_layers": 1, "kernel_size": 7, "stride": 2, "padding": 3},
-    "CVT": {**_PLAIN, "n_conv_layers": 0, "kernel_size": 16},
-    "ViTLite": {**_PLAIN, "n_conv_layers": 0, "kernel_size": 16, "seq_pool": False},
-}
 _KEYS = (  # entries of a released file, and ours; in this order
     ("classifier.", ""),
     ("positional_emb", "pos_embed"),
@@ -325,49 +316,7 @@ def _renamed(name: str) -> str:
     return re.sub(r"^fc\.", "head.", name)
 
 
-_WIDTHS = {2: (128, 2, 1), 4: (128, 2, 1), 6: (256, 4, 2), 7: (256, 4, 2), 8: (256, 4, 2)}
-_WIDTHS |= {14: (384, 6, 3)}  # embed_dim, num_heads, mlp_ratio by depth
-_NAME = re.compile(r"(vit|cvt|cct)_(\d+)_(\d+)(?:x(\d+))?_(\d+)(_sine)?(_c100|_fl)?")
-_SETS = {"_c100": 100, "_fl": 102}
-
-
-def shape_of(name: str) -> dict[str, Any]:
-    """Constructor arguments of a model by the authors' name, such as cct_7_3x1_32_sine. Raises
-    ValueError for another name."""
-    found = _NAME.fullmatch(name)
-    if not found or int(found[2]) not in _WIDTHS or (found[1] == "cct") != bool(found[4]):
-        raise ValueError(
-            f"{name!r}; expected a name such as cct_7_3x1_32, cvt_7_4_32 or vit_2_4_32"
-        )
-    family, depth, kernel, layers, side, sine, classes = found.groups()
-    width, heads, ratio = _WIDTHS[int(depth)]
-    usual = {"32": 10, "224": 102 if depth == "7" else 1000}.get(side, 1000)
-    return {
-        "img_size": int(side),
-        "num_classes": _SETS.get(classes, usual),
-        "embed_dim": width,
-        "depth": int(depth),
-        "num_heads": heads,
-        "mlp_ratio": float(ratio),
-        "n_conv_layers": int(layers or 0),
-        "kernel_size": int(kernel),
-        "seq_pool": family != "vit",
-        "positional_embedding": "sine" if sine else "learnable",
-    }
-
-
-_AT_32 = [
-    *(f"{family}_{depth}_4_32" for family in ("vit", "cvt") for depth in (2, 4, 6, 7)),
-    *(f"cct_{shape}_32" for shape in ("2_3x2", "4_3x2", "6_3x1", "6_3x2", "7_3x1", "7_3x2")),
-]
-_NAMES = [
-    *_AT_32,
-    *(f"{name}_sine" for name in _AT_32),
-    *("cct_7_3x1_32_c100", "cct_7_3x1_32_sine_c100"),
-    *("cct_7_7x2_224", "cct_7_7x2_224_sine"),
-    *("cct_14_7x2_224", "cct_14_7x2_384", "cct_14_7x2_384_fl"),
-]
-VARIANTS = {name: shape_of(name) for name in _NAMES}
+VARIANTS = {name: shape_of(name) for name in NAMES}
 # Ours: CCT-2/3x2 half as wide, for comparisons on small pictures and tests.
 VARIANTS["cct_micro_32"] = {
     "img_size": 32, "embed_dim": 64, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0,
