@@ -14,12 +14,19 @@ from torch import Tensor
 class Table(NamedTuple):
     """What a position table belongs to: a grid (h, w) and the prefix tokens that come first.
 
-    margin: how the table is resized, see `resize_table`.
+    margin, mode: how the table is resized, see `resize_table`.
     """
 
     grid: tuple[int, int]
     n_prefix: int
     margin: float = 0.0
+    mode = "bicubic"
+
+
+class BilinearTable(Table):
+    """A table that is resized bilinearly."""
+
+    mode = "bilinear"
 
 
 def resize_tables(
@@ -33,8 +40,8 @@ def resize_tables(
     rows belongs to a square grid, and ValueError is raised where there is none.
     """
     resized = dict(state)
-    for name, (grid, n_prefix, margin) in new.items():
-        table = resized.get(name)
+    for name, kind in new.items():
+        table, (grid, n_prefix, margin) = resized.get(name), kind
         if table is None:
             continue
         if old is not None and name in old:
@@ -43,7 +50,7 @@ def resize_tables(
             continue
         else:
             given = square_grid(table.shape[1] - n_prefix)
-        resized[name] = resize_table(table, given, grid, n_prefix, margin)
+        resized[name] = resize_table(table, given, grid, n_prefix, margin, kind.mode)
     return resized
 
 
@@ -53,13 +60,14 @@ def resize_table(
     new_grid: tuple[int, int],
     n_prefix: int,
     margin: float = 0.0,
+    mode: str = "bicubic",
 ) -> Tensor:
     """A table (1, n_prefix + h*w, C) for `old_grid` (h, w), resized to `new_grid`.
 
-    Bicubic without antialiasing and align_corners False, prefix rows kept, as DeiT does for another
-    resolution. With a `margin` the positions are sampled as if the new grid were (h + margin, w +
-    margin): 0.1 is how DINO, and DeiT-LT after it, keep a rounded scale from losing a row. Raises
-    ValueError where the table does not belong to `old_grid`.
+    Bicubic, or `mode` "bilinear", without antialiasing and align_corners False, prefix rows kept,
+    as DeiT does for another resolution. With a `margin` the positions are sampled as if the new
+    grid were (h + margin, w + margin): 0.1 is how DINO, and DeiT-LT after it, keep a rounded scale
+    from losing a row. Raises ValueError where the table does not belong to `old_grid`.
     """
     expected = n_prefix + old_grid[0] * old_grid[1]
     if table.shape[1] != expected:
@@ -75,7 +83,7 @@ def resize_table(
     if margin:
         scale = [(new + margin) / old for new, old in zip(new_grid, old_grid, strict=True)]
         how = {"scale_factor": scale, "recompute_scale_factor": False}
-    image = F.interpolate(image, mode="bicubic", align_corners=False, **how)
+    image = F.interpolate(image, mode=mode, align_corners=False, **how)
     patches = image.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
     return torch.cat([prefix, patches], dim=1)
 
