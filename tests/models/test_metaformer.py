@@ -221,7 +221,7 @@ def test_a_block_without_residuals_forgets_its_input() -> None:
 # ---------------------------------------------------------------------- layouts
 
 
-def authors(model: MetaFormer, dense: bool = False) -> dict[str, torch.Tensor]:
+def authors(model: MetaFormer) -> dict[str, torch.Tensor]:
     """The state of `model` under the authors' names."""
     places, place = {}, 0
     for number, stage in enumerate(model.stages):
@@ -240,8 +240,7 @@ def authors(model: MetaFormer, dense: bool = False) -> dict[str, torch.Tensor]:
                 name = f"{theirs}{middle}{rest}"
         name = name.replace("ls1.gamma", "layer_scale_1").replace("ls2.gamma", "layer_scale_2")
         name = name.replace("stem.", "patch_embed.proj.")
-        if not (dense and name.startswith("head.")):
-            state[name] = value
+        state[name] = value
     return state
 
 
@@ -271,14 +270,14 @@ def test_positions_are_resized_where_the_picture_is_another() -> None:
 
 @pytest.mark.parametrize("mixers", ["pooling", ("pooling",) * 2 + ("attention",) * 2])
 def test_the_form_for_dense_tasks_norms_every_map(mixers) -> None:
-    model = tiny(token_mixers=mixers, fork_feat=True, num_classes=0)
+    model = tiny(token_mixers=mixers, fork_feat=True)
     plain = tiny(token_mixers=mixers, num_classes=0)
-    state = authors(model, dense=True)
+    state = authors(model)
     norms = sorted(name for name in state if name.startswith("norm") and "bias" in name)
     assert norms == [
         f"norm{i}.bias" for i in ((0, 2, 4, 6) if mixers == "pooling" else (0, 2, 5, 7))
     ]
-    other = tiny(token_mixers=mixers, fork_feat=True, num_classes=0)
+    other = tiny(token_mixers=mixers, fork_feat=True)
     for value in other.parameters():
         value.data.zero_()
     detector = {f"backbone.{name}": value for name, value in state.items()}
@@ -293,6 +292,8 @@ def test_the_form_for_dense_tasks_norms_every_map(mixers) -> None:
             torch.testing.assert_close(found, stage.norm(unnormed), rtol=1e-4, atol=1e-5)
         assert torch.equal(last, maps[-1])
         assert torch.equal(model.forward_features(x), last)
+    assert model.num_classes == 0
+    assert model(x).shape == (2, 32)
     few = other.prune_intermediate_layers([0, 1])
     assert few == [0, 1]
     assert [m.shape[1] for m in other.forward_intermediates(x, intermediates_only=True)] == [8, 16]

@@ -67,8 +67,8 @@ class MetaFormer(Pyramid):
     down_*: those between stages. layer_scale_init_value: None for no scales; 1e-1 or None learn
     faster where blocks and epochs are few. residual, mlp: False for the paper's ablations.
     fork_feat: the form for dense tasks, every stage with a norm of its own behind it (`norm0`,
-    `norm2`, ... of the authors), the last of which stands for `norm`; the others learn from maps
-    only.
+    `norm2`, ... of the authors), the last of which stands for `norm` (the others learn from maps
+    only), and no classifier unless `reset_classifier` asks for one.
 
     Any size of picture runs, but for spatial_fc and random, whose matrices belong to the maps of
     `img_size`. Raises ValueError for unknown parts and for shapes that do not agree.
@@ -156,7 +156,7 @@ class MetaFormer(Pyramid):
             [in_stride * down_stride**i for i in range(count)],
             img_size=img_size,
             in_chans=in_chans,
-            num_classes=num_classes,
+            num_classes=0 if fork_feat else num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
         )
@@ -166,10 +166,9 @@ class MetaFormer(Pyramid):
     def from_authors(cls, fn: str = "poolformer_s12", **build: Any) -> MetaFormer:
         """The network of the authors' entry point `fn`, with arguments of their constructor.
 
-        Of those that name a class (norm_layer, act_layer, token_mixers) the names are taken.
+        Where theirs is a class (norm_layer, act_layer, token_mixers), a name stands for it.
         """
-        renamed = {"layers": "depths"}
-        given = {renamed.get(name, name): value for name, value in build.items()}
+        given = {"depths" if name == "layers" else name: value for name, value in build.items()}
         if not given.pop("use_layer_scale", True):
             given["layer_scale_init_value"] = None
         return cls(**{**VARIANTS[fn], **given})
