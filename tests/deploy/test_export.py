@@ -92,6 +92,7 @@ FAMILIES = {
         "deit_tiny_distilled_patch16_224",
         {"img_size": 32, "depth": 1, "embed_dim": 24},
     ),
+    "poolformer": ("poolformer_s12", {"img_size": 32, "embed_dims": (8, 16, 24, 32)}),
     "psvit": ("psvit_micro_32", {}),
     "resnet": ("resnet_micro_32", {}),
     "resnet, oblong, odd": ("resnet_micro_32", {"img_size": (26, 35)}),
