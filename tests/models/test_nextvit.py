@@ -13,7 +13,8 @@ from torch import nn
 import crosspatch as xp
 from crosspatch.errors import UsageError
 from crosspatch.metrics.macs import count_macs
-from crosspatch.models.nextvit import NextViT, TransformerBlock, attention_width, merge_norms
+from crosspatch.models.nextvit import NextViT, merge_norms
+from crosspatch.models.nextvit_blocks import TransformerBlock, attention_width
 from support import goldens
 
 SIZES = {  # parameters, GMACs at 224 and 384

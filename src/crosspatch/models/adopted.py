@@ -36,6 +36,16 @@ def unwrapped(state_dict: Any) -> dict[str, Tensor]:
     return dict(state)
 
 
+def last_norm(state: dict[str, Tensor], name: str) -> None:
+    """Where a detector's weights lack the norm `name`, add it: that of its last stage."""
+    norms = sorted(
+        key for key in state if key.startswith("stage_norms.") and key.endswith("weight")
+    )
+    if norms and f"{name}.weight" not in state:
+        last = norms[-1].removesuffix("weight")
+        state |= {f"{name}.{kind}": state[last + kind] for kind in ("weight", "bias")}
+
+
 class Adopted(nn.Module):
     """The part of the contract that timm's networks of stages leave open.
 

@@ -39,7 +39,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.patch_embed import pair
-from crosspatch.models.adopted import Adopted, quick_linears, unwrapped
+from crosspatch.models.adopted import Adopted, last_norm, quick_linears, unwrapped
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings
 
@@ -244,6 +244,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         if name in own and value.ndim == 2 and own[name].ndim == 4:
             value = value[:, :, None, None]  # a linear layer for `conv_mlp`
         found[name] = value
+    last_norm(found, "head.norm")
     return found
 
 

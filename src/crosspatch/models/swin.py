@@ -38,7 +38,7 @@ from typing import Any
 import crosspatch._torchvision  # noqa: F401
 
 import torch
-from timm.layers import PatchEmbed, trunc_normal_
+from timm.layers import LayerNorm2d, PatchEmbed, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models import swin_transformer as timms
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ from crosspatch.layers.windows import (
     to_windows,
     window_mask,
 )
-from crosspatch.models.adopted import Adopted, unwrapped
+from crosspatch.models.adopted import Adopted, last_norm, unwrapped
 from crosspatch.models.registry import register, settings
 
 TABLE = "relative_position_bias_table"
@@ -174,8 +174,10 @@ class Swin(Adopted, timms.SwinTransformer):
 
     img_size: the side or (H, W) that windows are laid out for; pictures of any size run.
     window_size: a side, (h, w), or one of these per stage. original: see the head of this file.
-    always_partition: windows are never cut to the map. ape: a position table. patch_norm: the norm
-    of the stem. qk_scale: instead of head_dim^-0.5. Any number of stages: as long as `depths`.
+    always_partition: windows are never cut to the map. stage_norms: a norm for the map of every
+    stage; with `original` and `always_partition` this is the authors' detection code. ape: a
+    position table. patch_norm: the norm of the stem. qk_scale: instead of head_dim^-0.5. Any number
+    of stages: as long as `depths`.
     Raises ValueError where depths and num_heads differ in length or heads do not divide a width.
     """
 
@@ -197,6 +199,7 @@ class Swin(Adopted, timms.SwinTransformer):
         qk_scale: float | None = None,
         ape: bool = False,
         patch_norm: bool = True,
+        stage_norms: bool = False,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -236,7 +239,8 @@ class Swin(Adopted, timms.SwinTransformer):
                 WindowBlock.lay(block, window, original)
                 if qk_scale is not None:
                     block.attn.scale = qk_scale
-        self.adopt(img_size, "NHWC")
+        widths = [info["num_chs"] for info in self.feature_info] if stage_norms else []
+        self.adopt(img_size, "NHWC", [LayerNorm2d(width, eps=1e-5) for width in widths])
 
     @classmethod
     def from_authors(cls, **build: Any) -> Swin:
@@ -266,21 +270,25 @@ class Swin(Adopted, timms.SwinTransformer):
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Swin) -> dict[str, Tensor]:
     """A released state dict, or timm's, under the names of `model`.
 
-    Without the authors' buffers; position and bias tables are resized for another size or window.
+    Without the authors' buffers; a detector's last norm stands for the missing one; position and
+    bias tables are resized for another size or window.
     """
     state, found = unwrapped(state_dict), {}
-    released = "head.weight" in state or "layers.0.downsample.reduction.weight" in state
+    theirs = {"head.weight", "layers.0.downsample.reduction.weight", "norm0.weight"}
+    released = bool(theirs & state.keys())
     for name, value in state.items():
         if name.endswith(("attn_mask", "relative_position_index")):
             continue
         if released:
             name = re.sub(r"^layers\.(\d+)\.downsample", _next_stage, name)
+            name = re.sub(r"^norm(\d)\.", r"stage_norms.\1.", name)
             name = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)
         found["patch_embed." * (name == "absolute_pos_embed") + name] = value
     for name, module in model.named_modules():
         key = f"{name}.attn.{TABLE}"
         if isinstance(module, WindowBlock) and key in found:
             found[key] = _fit_table(found[key], module.window_size, released)
+    last_norm(found, "norm")
     embed: Any = model.patch_embed
     return resize_tables(found, {POSITIONS: Table(embed.grid_size, 0)})
 
