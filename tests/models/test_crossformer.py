@@ -66,14 +66,13 @@ def test_the_authors_logits_and_what_a_changed_part_does_to_them(golden) -> None
     xp.load_released(model, state | {name: -state[name]})
     with torch.no_grad():
         assert goldens.relative_error(model(golden.images), golden.outputs["out"]) > 1e-3
-
-
-def test_padding_that_is_seen_or_stands_elsewhere_is_not_the_authors(monkeypatch) -> None:
-    golden = goldens.read(f"crossformer/{GOLDENS[1]}")
-    model = CrossFormer.from_authors(**golden.meta["build"], pad_type=1).eval()
-    xp.load_released(model, golden.state_dict)
+    xp.load_released(model, state)
+    for attention in (m for m in model.modules() if isinstance(m, GroupAttention)):
+        attention.cut = attention.cut._replace(size=(0, 0))  # masks made on the way
+        attention.grouping = attention.grouping._replace(pad_type=1)
     with torch.no_grad():
-        assert goldens.relative_error(model(golden.images), golden.outputs["out"]) > 1e-3
+        error = goldens.relative_error(model(golden.images), golden.outputs["out"])
+    assert (error > 1e-3) == ("256" in golden.meta["note"])
 
 
 @pytest.mark.parametrize(
