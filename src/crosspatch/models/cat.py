@@ -360,7 +360,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Ours, for small pictures: patches of 4 tokens, and no positions.
 SMALL: dict[str, dict[str, Any]] = {
     "cat_micro_32": {
-        "img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": (1, 1), "num_heads": (1, 2),
+        "img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2),
         "window_size": 4,
     }
 }  # fmt: skip

@@ -281,8 +281,8 @@ VARIANTS = {
     # Ours, for small pictures: a 3x3 stem that keeps every second pixel, gammas that count at once.
     "convnext_micro_32": {
         "img_size": 32,
-        "depths": (1, 1, 3, 1),
-        "dims": (16, 32, 64, 96),
+        "depths": (2, 2, 4, 1),
+        "dims": (24, 48, 96, 144),
         "patch_size": 2,
         "stem_kernel": 3,
         "ls_init_value": 0.1,

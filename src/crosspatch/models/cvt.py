@@ -311,7 +311,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cvt_w24": _W24 | {"img_size": 384},
     # ours, for small pictures
     "cvt_micro_32": {
-        "img_size": 32, "embed_dim": (32, 64, 96), "depths": (1, 1, 2), "num_heads": (1, 2, 3),
+        "img_size": 32, "embed_dim": (32, 64, 96), "depths": (1, 2, 3), "num_heads": (1, 2, 3),
         "patch_size": 3, "patch_stride": 2, "patch_padding": 1, "mlp_ratio": 2.0,
     },
 }  # fmt: skip

@@ -247,7 +247,7 @@ MICRO = {
     "img_size": 32,
     "patch_size": 2,
     "base_dim": 24,
-    "depths": (1, 1, 2),
+    "depths": (1, 2, 3),
     "orders": (2, 3, 4),
     "layer_scale_init_value": 0.1,
 }

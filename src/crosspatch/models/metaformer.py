@@ -310,7 +310,7 @@ VARIANTS: dict[str, dict[str, Any]] = {**POOLFORMERS, **METAFORMERS}
 SMALL: dict[str, dict[str, Any]] = {
     "metaformer_micro_32": {
         "img_size": 32,
-        "depths": (2, 2, 2),
+        "depths": (3, 3, 3),
         "embed_dims": (24, 48, 96),
         "in_patch_size": 3,
         "in_stride": 2,

@@ -305,11 +305,11 @@ VARIANTS = {
     # Ours, for small pictures: a stem that keeps every second pixel, heads of 8.
     "nextvit_micro_32": {
         "img_size": 32,
-        "stem_chs": (16, 8, 16),
+        "stem_chs": (24, 16, 24),
         "stem_strides": (2, 1, 1, 1),
         "depths": (1, 2, 5, 2),
-        "dims": (16, 24, 32, 64),
-        "transformer_dims": (32, 64, 96),
+        "dims": (32, 48, 64, 128),
+        "transformer_dims": (64, 96, 128),
         "head_dim": 8,
     },
 }

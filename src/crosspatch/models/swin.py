@@ -364,11 +364,11 @@ SMALL = {
     "swin_micro_32": {
         "img_size": 32,
         "patch_size": 2,
-        "embed_dim": 24,
+        "embed_dim": 28,
         "depths": (2, 2, 2),
         "num_heads": (2, 4, 8),
         "window_size": 4,
-        "mlp_ratio": 2.0,
+        "mlp_ratio": 2.5,
     }
 }
 default_cfgs = generate_default_cfgs(
