@@ -10,7 +10,7 @@ import crosspatch as xp
 from crosspatch.errors import UsageError
 from crosspatch.metrics.macs import count_macs, counted
 from crosspatch.models.duoformer import DuoFormer
-from crosspatch.models.duoformer_tokens import regions
+from crosspatch.models.duoformer_parts import regions
 from support import goldens
 
 GOLDENS = ["duoformer_r18_s4_random", "duoformer_r50_s3_random"]
@@ -18,7 +18,8 @@ GOLDENS = ["duoformer_r18_s4_random", "duoformer_r50_s3_random"]
 
 def micro(**arguments) -> DuoFormer:
     torch.manual_seed(0)
-    return xp.create_model("duoformer_micro_32", num_classes=3, **arguments).eval()
+    published = {"scale_token": "random", "global_pool": "token"}
+    return xp.create_model("duoformer_micro_32", num_classes=3, **published | arguments).eval()
 
 
 # ---------------------------------------------------------------------- the authors' numbers
@@ -213,6 +214,12 @@ def test_features_and_what_they_leave() -> None:
     assert not [n for n, _ in model.named_parameters() if not n.startswith(("stem", "stages"))]
     found = model.forward_intermediates(x, [0, 1], intermediates_only=True)
     torch.testing.assert_close(found[1], maps[1])
+
+
+def test_a_variant_as_published_learns_with_every_parameter() -> None:
+    model = micro(patch_residual=False, fc_norm="none").train()
+    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("pool", ["avg", ""])

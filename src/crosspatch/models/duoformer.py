@@ -6,7 +6,7 @@ Transformer", Tang et al., arXiv 2506.12982 (first 2407.13920), MIDL 2025, PMLR 
 
     maps     of a ResNet, strides 4 8 16 32; the last `scales` of them by a 1x1 convolution to D
     region   r of the N of the last map: 1 + 4 + 16 + 64 cells, coarse to fine, one scale token
-             before them (`duoformer_tokens.py`): t (B, N, S, D), S = 6, 22 or 86
+             before them (`duoformer_parts.py`): t (B, N, S, D), S = 6, 22 or 86
     t = t + table(S);  depth times  t = t + MHSA(LN t); t = t + MLP(LN t), inside each region
     z = [class; t[:, :, 0]] + positions;  depth times  z = Proj(MHSA(z)), no residual, no norm
     logits   head(z[class])
@@ -36,56 +36,31 @@ import crosspatch._torchvision  # noqa: F401
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from crosspatch.layers.attention import Attention
-from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import resize_table, square_grid
 from crosspatch.layers.windows import Size
-from crosspatch.models.duoformer_tokens import TRUNKS, ChannelToken, RandomToken, regions, trunk
+from crosspatch.models.duoformer_parts import (
+    EPS,
+    STD,
+    TRUNKS,
+    ChannelToken,
+    PatchBlock,
+    RandomToken,
+    ScaleBlock,
+    regions,
+    trunk,
+)
 from crosspatch.models.pyramid import Pyramid, run
 from crosspatch.models.registry import register, settings
 
-STD = 0.036  # of tables, class token and scale token
-EPS = 1e-6
 SCALE_TOKENS = ("random", "channel")
 FC_NORMS = ("none", "unused", "used")
 POOLS = ("token", "avg", "")
-
-
-class ScaleBlock(nn.Module):
-    """A pre-norm block on bags of tokens, each for itself; x: (B * N, S, D)."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, path: float, **drop: Any) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
-        self.attn = Attention(dim, heads, **drop)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop["proj_drop"])
-        self.drop_path = DropPath(path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class PatchBlock(nn.Module):
-    """Bare attention between regions, as published, or behind a norm and added; x: (B, N, D)."""
-
-    def __init__(self, dim: int, heads: int, residual: bool, path: float, **drop: Any) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=EPS) if residual else None
-        self.attn = Attention(dim, heads, **drop)
-        self.drop_path = DropPath(path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm is None:
-            return self.attn(x)
-        return x + self.drop_path(self.attn(self.norm(x)))
 
 
 class DuoFormer(Pyramid):
@@ -192,11 +167,13 @@ class DuoFormer(Pyramid):
             for module in self.modules():
                 if isinstance(module, nn.Linear) and not module.weight.is_meta:
                     trunc_normal_(module.weight, std=0.02)
-                    nn.init.zeros_(module.bias) if module.bias is not None else None
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
             for module in self.projections:
                 if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                     nn.init.kaiming_normal_(module.weight)
-                    nn.init.normal_(module.bias, std=1e-6) if module.bias is not None else None
+                    if module.bias is not None:
+                        nn.init.normal_(module.bias, std=1e-6)
 
     def load_backbone(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a plain ResNet's weights (torchvision's or timm's names) into the trunk; its
@@ -336,6 +313,8 @@ class DuoFormer(Pyramid):
                 setattr(self, name, None)
             for name in ("pos_embed_for_scale", "cls_token", "pos_embed"):
                 self.register_parameter(name, None)
+        if prune_norm:
+            self.fc_norm = None
         if prune_head:
             self.reset_classifier(0)
         return wanted
@@ -419,7 +398,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SMALL = {
     "duoformer_micro_32": {
         "img_size": 32, "backbone": "small", "embed_dim": 48, "depth": 2, "num_heads": 3,
-        "mlp_ratio": 2.0, "patch_residual": True, "fc_norm": "used",
+        "mlp_ratio": 2.0, "scale_token": "channel", "patch_residual": True, "fc_norm": "used",
+        "global_pool": "avg",
     }
 }  # fmt: skip
 

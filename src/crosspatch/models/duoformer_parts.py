@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DuoFormer attends to: the trunk's maps, the cells of every region, and the scale token."""
+"""The parts of DuoFormer: the trunk, the cells of every region, the scale token, and the blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import crosspatch._torchvision  # noqa: F401
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import Attention
+from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.windows import Size
 from crosspatch.models.pyramid import Stage
+
+STD = 0.036  # of tables, class token and scale token
+EPS = 1e-6  # of norms
 
 
 class Trunk(NamedTuple):
@@ -86,7 +91,7 @@ class RandomToken(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, 1, 1, dim))
         if not self.token.is_meta:
-            trunc_normal_(self.token, std=0.036)
+            trunc_normal_(self.token, std=STD)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         return self.token
@@ -125,3 +130,34 @@ class ChannelToken(nn.Module):
         alike = [F.max_pool2d(x, 2) for x in (*fine, maps[2])]
         x = self.fuse(torch.cat([*alike, maps[3]], dim=1))
         return x.flatten(2).transpose(1, 2).unsqueeze(2)
+
+
+class ScaleBlock(nn.Module):
+    """A pre-norm block on bags of tokens, each for itself; x: (B * N, S, D)."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, path: float, **drop: Any) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.attn = Attention(dim, heads, **drop)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop["proj_drop"])
+        self.drop_path = DropPath(path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchBlock(nn.Module):
+    """Bare attention between regions, as published, or behind a norm and added; x: (B, N, D)."""
+
+    def __init__(self, dim: int, heads: int, residual: bool, path: float, **drop: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=EPS) if residual else None
+        self.attn = Attention(dim, heads, **drop)
+        self.drop_path = DropPath(path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm is None:
+            return self.attn(x)
+        return x + self.drop_path(self.attn(self.norm(x)))
