@@ -130,11 +130,11 @@ def test_keys_are_means_of_tokens_in_a_row_or_of_cells() -> None:
 
 @pytest.mark.parametrize(("size", "counts"), [((8, 8), (4, 4)), ((5, 7), (2, 4)), ((2, 3), (1, 1))])
 def test_how_many_keys_a_map_has(size, counts) -> None:
-    x = torch.randn(1, size[0] * size[1], 24)
     for pool, count in zip(("1d", "2d"), counts, strict=True):
         model = xp.create_model("nextvit_micro_32", num_classes=3, key_pool=pool).eval()
         attention = model.stages[1].blocks[1].e_mhsa
-        assert attention.keys(x, size).shape == (1, count, 24)
+        x = torch.randn(1, size[0] * size[1], attention.q.in_features)
+        assert attention.keys(x, size).shape == (1, count, x.shape[2])
         assert answer(model, torch.randn(1, 3, 16, 16)).isfinite().all()
 
 

@@ -319,8 +319,8 @@ def _renamed(name: str) -> str:
 VARIANTS = {name: shape_of(name) for name in NAMES}
 # Ours: CCT-2/3x2 half as wide, for comparisons on small pictures and tests.
 VARIANTS["cct_micro_32"] = {
-    "img_size": 32, "embed_dim": 60, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0,
-    "n_conv_layers": 2, "kernel_size": 3, "in_planes": 16,
+    "img_size": 32, "embed_dim": 56, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0,
+    "n_conv_layers": 2, "kernel_size": 3, "in_planes": 24,
 }  # fmt: skip
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 

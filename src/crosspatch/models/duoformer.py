@@ -397,7 +397,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # ours, for small pictures: maps of 16x16, 8x8 and 4x4, 16 regions of 22 tokens
 SMALL = {
     "duoformer_micro_32": {
-        "img_size": 32, "backbone": "small", "embed_dim": 48, "depth": 2, "num_heads": 3,
+        "img_size": 32, "backbone": "small", "embed_dim": 24, "depth": 1, "num_heads": 3,
         "mlp_ratio": 2.0, "scale_token": "channel", "patch_residual": True, "fc_norm": "used",
         "global_pool": "avg",
     }

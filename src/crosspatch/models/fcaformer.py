@@ -304,7 +304,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # ours, for small pictures: maps of 16x16 (convolutions), 8x8 and 4x4 (attention with memory)
 SMALL = {
     "fcaformer_micro_32": {
-        "img_size": 32, "patch_size": 2, "embed_dims": (24, 48, 80), "depths": (1, 3, 2),
+        "img_size": 32, "patch_size": 2, "embed_dims": (24, 48, 80), "depths": (1, 4, 3),
         "num_heads": (0, 3, 5), "mlp_ratio": 2.0, "layer_scale_init_value": 0.1,
     }
 }  # fmt: skip
