@@ -251,7 +251,7 @@ def test_the_authors_arguments() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_heads": (1, 3)}, "must divide by 3 heads"),
+        ({"num_heads": (1, 5)}, "must divide by 5 heads"),
         ({"num_heads": (1,)}, "num_heads has 1 entries for 2 stages"),
         ({"stem": "cell"}, "expected one of conv, slice"),
         ({"stem": "slice", "patch_size": 6}, "takes a power of two"),

@@ -18,7 +18,7 @@ GOLDENS = ["duoformer_r18_s4_random", "duoformer_r50_s3_random"]
 
 def micro(**arguments) -> DuoFormer:
     torch.manual_seed(0)
-    published = {"scale_token": "random", "global_pool": "token"}
+    published = {"scale_token": "random", "global_pool": "token", "embed_dim": 48, "depth": 2}
     return xp.create_model("duoformer_micro_32", num_classes=3, **published | arguments).eval()
 
 
