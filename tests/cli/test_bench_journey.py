@@ -24,7 +24,7 @@ def short():
 def test_a_run_in_every_engine_with_table_figure_and_json(crosspatch, digits_run, tmp_path) -> None:
     answer = crosspatch(
         "bench", digits_run, "--batch", "1,2", "--threads", 1, "--out", tmp_path / "out",
-        "--csv", tmp_path / "t.csv", "--json",
+        "--csv", tmp_path / "t.csv", "--json", "--time", "10m",  # a busy machine needs some
     )  # fmt: skip
     assert answer.code == 0, answer.err
     (model,) = answer.json["models"]
