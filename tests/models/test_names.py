@@ -11,6 +11,7 @@ import torch
 
 import crosspatch as xp
 from crosspatch.models import registry
+from crosspatch.models.pyramid import Pyramid
 
 xp.list_models("crossvit*")  # registers them all
 
@@ -49,6 +50,9 @@ def test_maps_heads_and_settings_agree(name: str) -> None:
         assert model(images).shape == (1, model.head_hidden_size)
         model.reset_classifier(0, "")
         assert tuple(model(images).shape[axis] for axis in rows) == side
+        if isinstance(model, Pyramid):
+            model.reset_classifier(7, "")
+            assert model(images).shape[3 if rows == (1, 2) else 1] == 7
     for key in ("first_conv", "classifier"):
         named = settings[key] if isinstance(settings[key], tuple | list) else (settings[key],)
         assert all(f"{one}.weight" in state for one in named)

@@ -149,16 +149,12 @@ class FcaFormer(Pyramid):
             with torch.no_grad():
                 self.head.weight.mul_(head_init_scale)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map of `forward_features` to logits (B, K), or to what the classifier reads (B, C);
-        with the pooling '' to the normalised map."""
-        x = self.pool(x)
-        if x.ndim == 4:
-            x = self.norm_head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        else:
-            x = self.norm_head(x)
-        x = F.dropout(x, self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
+    def pool(self, x: Tensor) -> Tensor:
+        """A map to normalised features (B, C); with the pooling '' to the normalised map."""
+        x = super().pool(x)
+        if x.ndim == 2:
+            return self.norm_head(x)
+        return self.norm_head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def no_weight_decay(self) -> set[str]:
         """The positions of the plain version; the tables of the blocks do decay."""

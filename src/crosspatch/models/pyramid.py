@@ -120,7 +120,11 @@ class Pyramid(nn.Module):
         """The map of `forward_features` to logits (B, K), or to what the classifier reads (B, C);
         with the pooling '' both are maps."""
         x = F.dropout(self.pool(x), self.drop_rate, self.training)
-        return x if pre_logits else self.head(x)
+        if pre_logits:
+            return x
+        if x.ndim == 2 or self.channels_last:
+            return self.head(x)
+        return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def pool(self, x: Tensor) -> Tensor:
         """A map to features (B, C)."""
