@@ -122,7 +122,7 @@ class Pyramid(nn.Module):
         x = F.dropout(self.pool(x), self.drop_rate, self.training)
         if pre_logits:
             return x
-        if x.ndim == 2 or self.channels_last:
+        if x.ndim < 4 or self.channels_last:
             return self.head(x)
         return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
