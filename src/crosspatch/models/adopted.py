@@ -26,16 +26,6 @@ def quick_linears(model: nn.Module) -> None:
             module.__class__ = Linear
 
 
-def unwrapped(state_dict: Any) -> dict[str, Tensor]:
-    """The tensors of a released file: out of {"model": …} or {"state_dict": …}, of a detector those
-    of its backbone."""
-    state = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    inside = "backbone."
-    if any(name.startswith(inside) for name in state):
-        return {n.removeprefix(inside): v for n, v in state.items() if n.startswith(inside)}
-    return dict(state)
-
-
 def last_norm(state: dict[str, Tensor], name: str) -> None:
     """Where a detector's weights lack the norm `name`, add it: that of its last stage."""
     norms = sorted(

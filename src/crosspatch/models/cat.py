@@ -54,7 +54,7 @@ from crosspatch.layers.windows import (
     to_windows,
 )
 from crosspatch.models.pyramid import Pyramid, Stage
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 
 STEMS = ("conv", "slice")
 Norm = Callable[[int], nn.Module]
@@ -323,10 +323,9 @@ def _check(patch_size: int, depths: Sequence[int], num_heads: Sequence[int], ste
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CAT) -> dict[str, Tensor]:
     """A released state dict under the model's names: out of {"model": …}, without the authors'
     index, positions resized where they belong to a square of another size."""
-    state = state_dict.get("model", state_dict.get("state_dict", state_dict))
     state = {
-        _renamed(name.removeprefix("module.")): value
-        for name, value in state.items()
+        _renamed(name): value
+        for name, value in unwrapped(state_dict).items()
         if not name.endswith("relative_position_index")
     }
     stem = model.stem

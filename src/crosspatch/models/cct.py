@@ -47,7 +47,7 @@ from crosspatch.layers.patch_embed import flatten_grid, pair
 from crosspatch.layers.position import BilinearTable, resize_tables
 from crosspatch.models.cct_names import CLASSES, NAMES, OURS, shape_of
 from crosspatch.models.flat import FlatTokens
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 from crosspatch.models.vit import init_linear
 
 POSITIONS = ("learnable", "sine", "none")
@@ -299,8 +299,7 @@ def checkpoint_filter_fn(
     """A released state dict (bare, or in {"model": …} or {"state_dict": …}) under the model's
     names, positions resized. A file without sines gets the model's; one with a table for a model
     without positions loses it."""
-    inner = state_dict.get("state_dict", state_dict.get("model", state_dict))
-    state = {name.removeprefix("module."): value for name, value in inner.items()}
+    state = unwrapped(state_dict)
     if any(name.startswith("classifier.") for name in state):
         state = {_renamed(name): value for name, value in state.items()}
     if model.positional_embedding == "none":

@@ -39,9 +39,9 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.patch_embed import pair
-from crosspatch.models.adopted import Adopted, last_norm, quick_linears, unwrapped
+from crosspatch.models.adopted import Adopted, last_norm, quick_linears
 from crosspatch.models.pyramid import Pyramid, Stage
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 
 EPS = 1e-6
 GROUP = 3  # blocks of the third stage in one layer of layer-wise rates

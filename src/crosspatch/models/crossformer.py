@@ -46,7 +46,7 @@ from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.windows import pad_to
 from crosspatch.models.crossformer_blocks import PADDINGS, CrossFormerBlock, Grouping
 from crosspatch.models.pyramid import Pyramid, Stage
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 
 ACL_EVERY = 3  # blocks
 
@@ -240,9 +240,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CrossFormer) -> d
     """A released state dict under the model's names, without the authors' buffers; of both of their
     branches. An embedding layer belongs to the stage that it feeds."""
     del model
-    state, made = state_dict.get("model", state_dict.get("state_dict", state_dict)), {}
-    for name, value in state.items():
-        head, *rest = name.removeprefix("module.").split(".")
+    made = {}
+    for name, value in unwrapped(state_dict).items():
+        head, *rest = name.split(".")
         if rest[-2:] in (["attn", "biases"], ["attn", "relative_position_index"]):
             continue
         if head == "patch_embed":

@@ -41,7 +41,7 @@ from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import Table, resize_tables
 from crosspatch.models.cvt_blocks import Block, ConvEmbed, ConvStage, Size, Tokens, patches
 from crosspatch.models.pyramid import POOLS, Pyramid
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 
 Each = int | Sequence[int]  # one value for all stages, or one for each
 INITS = ("trunc_norm", "xavier")
@@ -281,8 +281,7 @@ HUB = (  # Transformers' names -> the authors'; the first that fits wins in each
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CvT) -> dict[str, Tensor]:
     """A released state dict, the authors' or Transformers', under the model's names; tables of
     positions resized."""
-    state = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = unwrapped(state_dict)
     if any(name.startswith("cvt.encoder.") for name in state):
         for pattern, name in HUB:
             state = {re.sub(pattern, name, old): value for old, value in state.items()}

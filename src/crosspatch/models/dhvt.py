@@ -48,7 +48,7 @@ from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.patch_embed import PatchEmbed, flatten_grid, pair
 from crosspatch.layers.position import resize_tables
 from crosspatch.models.flat import FlatTokens
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 from crosspatch.models.vit import init_linear
 
 Grid = tuple[int, int]
@@ -285,8 +285,7 @@ def _table(rows: int, dim: int) -> nn.Parameter:
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: DHVT) -> dict[str, Tensor]:
     """A released state dict: bare, or in {"model": …} or {"state_dict": …}; it fits every size. One
     without any affine is of a network whose affines are the identity."""
-    inner = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    state = {name.removeprefix("module."): value for name, value in inner.items()}
+    state = unwrapped(state_dict)
     if not any("_affine." in name for name in state):
         own = {n: torch.zeros_like(v) for n, v in model.state_dict().items() if "_affine." in n}
         state |= {n: v + 1 if n.endswith("alpha") else v for n, v in own.items()}

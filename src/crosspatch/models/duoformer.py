@@ -56,7 +56,7 @@ from crosspatch.models.duoformer_parts import (
     trunk,
 )
 from crosspatch.models.pyramid import Pyramid, run
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 
 SCALE_TOKENS = ("random", "channel")
 FC_NORMS = ("none", "unused", "used")
@@ -353,8 +353,7 @@ def _check(backbone: str, scales: int, scale_token: str, fc_norm: str) -> None:
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: DuoFormer) -> dict[str, Tensor]:
     """A released state dict under the model's names: bare or in {"model": …} or {"state_dict": …},
     positions resized; its unused norm is left away where the model has none."""
-    inner = state_dict.get("state_dict", state_dict.get("model", state_dict))
-    named = {name.removeprefix("module."): value for name, value in inner.items()}
+    named = unwrapped(state_dict)
     state = {_renamed(name): value for name, value in named.items() if "chann_proj" not in name}
     state |= _channel(named)
     if model.fc_norm is None:

@@ -57,7 +57,7 @@ from crosspatch.models.fcaformer_blocks import (
     summary_size,
 )
 from crosspatch.models.pyramid import Pyramid, Stage
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 
 STRIDES = {1: (1, 1), 2: (2, 1), 4: (2, 2)}  # of the stem's convolutions
 IGNORED = ("layer_scale_init_value", "head_init_scale")  # by the authors' constructor
@@ -238,11 +238,11 @@ def _check(embed_dims, depths, num_heads, windows, cab_max_d) -> None:
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: FcaFormer) -> dict[str, Tensor]:
     """A released state dict under the model's names: bare or in {"model": …} or {"state_dict": …},
     the authors' index left away, tables resized to the model's maps."""
-    inner = state_dict.get("state_dict", state_dict.get("model", state_dict))
-    state = {}
-    for name, value in inner.items():
-        if not name.endswith("attention_bias_idxs"):
-            state[_renamed(name.removeprefix("module."))] = value
+    state = {
+        _renamed(name): value
+        for name, value in unwrapped(state_dict).items()
+        if not name.endswith("attention_bias_idxs")
+    }
     for name, block in model.named_modules():
         if isinstance(block, FcaBlock):
             _resize(state, name, block)

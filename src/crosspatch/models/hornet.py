@@ -40,7 +40,7 @@ from crosspatch.layers.gnconv import EPS, SCALE, GlobalLocalFilter, GnConv, resi
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.patch_embed import pair
 from crosspatch.models.pyramid import Pyramid, Stage
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 
 
 class Block(nn.Module):
@@ -217,8 +217,7 @@ def _check(size, stride, depths, orders, gf_stages) -> None:
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: HorNet) -> dict[str, Tensor]:
     """A released state dict under the model's names, its filters interpolated to the model's."""
-    state = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    state = {_renamed(name): value for name, value in state.items()}
+    state = {_renamed(name): value for name, value in unwrapped(state_dict).items()}
     for name, module in model.named_modules():
         key = f"{name}.complex_weight"
         if isinstance(module, GlobalLocalFilter) and key in state and state[key].ndim == 4:

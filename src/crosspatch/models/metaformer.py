@@ -53,7 +53,7 @@ from crosspatch.models.metaformer_blocks import (
     resize_map,
 )
 from crosspatch.models.pyramid import Pyramid, Stage
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 
 
 class MetaFormer(Pyramid):
@@ -236,10 +236,7 @@ def _init(module: nn.Module) -> None:
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: MetaFormer) -> dict[str, Tensor]:
     """A released state dict under the model's names: the authors', timm's of poolformer_*, or a
     detector's, of which the backbone is taken; the map of positions resized to the model's."""
-    state = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    inside = "backbone."
-    if any(name.startswith(inside) for name in state):
-        state = {n.removeprefix(inside): v for n, v in state.items() if n.startswith(inside)}
+    state = unwrapped(state_dict)
     names = _names(state)
     state = {names(name): value for name, value in state.items()}
     for name, module in model.named_modules():

@@ -48,10 +48,10 @@ from timm.models import nextvit as timms
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from crosspatch.models.adopted import Adopted, unwrapped
+from crosspatch.models.adopted import Adopted
 from crosspatch.models.nextvit_blocks import KEY_POOLS, RELU, TransformerBlock
 from crosspatch.models.pyramid import Stage
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 
 GROUP = 5  # blocks of the third stage that are repeated: four NCB and one NTB
 

@@ -184,6 +184,17 @@ def misfits(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, list[str
     return {kind: names for kind, names in problems.items() if names}
 
 
+def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a released file: out of {"model": …} or {"state_dict": …}, without the
+    `module.` of a parallel training; of a detector those of its backbone."""
+    state = state_dict.get("model", state_dict.get("state_dict", state_dict))
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    inside = "backbone."
+    if any(name.startswith(inside) for name in state):
+        return {n.removeprefix(inside): v for n, v in state.items() if n.startswith(inside)}
+    return state
+
+
 def adapted(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """A released state dict under the model's names, positions resized: what the module of the
     model makes of it (`checkpoint_filter_fn`), else its tensors as they are."""

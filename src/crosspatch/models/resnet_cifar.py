@@ -33,7 +33,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from crosspatch.layers.patch_embed import pair
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 
 BLOCK = 2  # convolutions in one
 
@@ -243,8 +243,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: ResNetCifar) -> d
     """A released teacher under the model's names: out of {"state_dict": …}, without `module.`; of a
     PaCo wrapper the query encoder and `linear`."""
     del model
-    inner = state_dict.get("state_dict", state_dict.get("model", state_dict))
-    state = {name.removeprefix("module."): value for name, value in inner.items()}
+    state = unwrapped(state_dict)
     query = "encoder_q."
     if not any(name.startswith(query) for name in state):
         return state

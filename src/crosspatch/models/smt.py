@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from crosspatch.errors import DataError
 from crosspatch.models.pyramid import Pyramid
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 from crosspatch.models.smt_blocks import (
     Attention,
     Block,
@@ -198,8 +198,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: SMT) -> dict[str,
 
     Raises DataError for one of other depths.
     """
-    inner = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    state = {name.removeprefix("module."): value for name, value in inner.items()}
+    state = unwrapped(state_dict)
     stages: Any = model.stages
     mine, theirs = tuple(len(stage.blocks) for stage in stages), depths_of(state)
     if theirs and theirs != mine:

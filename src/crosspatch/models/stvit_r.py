@@ -47,7 +47,7 @@ from crosspatch.layers.windows import (
     half,
     resize_bias_table,
 )
-from crosspatch.models.registry import register, settings
+from crosspatch.models.registry import register, settings, unwrapped
 from crosspatch.models.stvit_r_stages import ConvEmbed, SemanticStage, SwinStage
 from crosspatch.models.stvit_r_units import UNIT, SemanticAttention, SemanticSpec
 from crosspatch.models.vit import init_linear
@@ -336,10 +336,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: STViTR) -> dict[s
     Unwrapped (a detector's too, of which the backbone is taken), without the authors' buffers, bias
     tables and global centres resized where they belong to squares of another size.
     """
-    state = state_dict.get("model", state_dict.get("state_dict", state_dict))
-    inside = "backbone."
-    if any(name.startswith(inside) for name in state):
-        state = {n.removeprefix(inside): v for n, v in state.items() if n.startswith(inside)}
+    state = unwrapped(state_dict)
     made = ("attn_mask", "relative_position_index")
     state = {name: value for name, value in state.items() if not name.endswith(made)}
     for name, module in model.named_modules():

@@ -56,8 +56,8 @@ from crosspatch.layers.windows import (
     to_windows,
     window_mask,
 )
-from crosspatch.models.adopted import Adopted, last_norm, unwrapped
-from crosspatch.models.registry import register, settings
+from crosspatch.models.adopted import Adopted, last_norm
+from crosspatch.models.registry import register, settings, unwrapped
 
 TABLE = "relative_position_bias_table"
 POSITIONS = "patch_embed.absolute_pos_embed"
