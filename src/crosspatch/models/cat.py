@@ -39,6 +39,7 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.patch_embed import pair
@@ -264,7 +265,7 @@ class CAT(Pyramid):
             blocks = [triple(dim, heads, patch, size, rate) for rate in mine]
             self.stages.append(Stage(merging, blocks))
         self.norm = norm(dim)
-        self.apply(_init)
+        self.apply(init_linear)
         self.finish(
             [embed_dim * 2**i for i in range(len(depths))],
             [patch_size * 2**i for i in range(len(depths))],
@@ -302,13 +303,6 @@ class CAT(Pyramid):
         """Positions and bias tables."""
         kinds = ("ape", "relative_position_bias_table")
         return {name for name, _ in self.named_parameters() if name.endswith(kinds)}
-
-
-def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear) and not module.weight.is_meta:
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _check(patch_size: int, depths: Sequence[int], num_heads: Sequence[int], stem: str) -> None:

@@ -42,13 +42,13 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.block import Block, BlockOptions, BlockSpec
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.patch_embed import flatten_grid, pair
 from crosspatch.layers.position import BilinearTable, resize_tables
 from crosspatch.models.cct_names import CLASSES, NAMES, OURS, shape_of
 from crosspatch.models.flat import FlatTokens
 from crosspatch.models.registry import register, settings, unwrapped
-from crosspatch.models.vit import init_linear
 
 POSITIONS = ("learnable", "sine", "none")
 TEMPERATURE = 10_000

@@ -33,11 +33,12 @@ from typing import Any
 import crosspatch._torchvision  # noqa: F401
 
 import torch
-from timm.layers import LayerNorm2d, trunc_normal_
+from timm.layers import LayerNorm2d
 from timm.models import convnext as timms
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.patch_embed import pair
 from crosspatch.models.adopted import Adopted, last_norm, quick_linears
 from crosspatch.models.pyramid import Pyramid, Stage
@@ -146,7 +147,6 @@ class ConvNeXtIsotropic(Pyramid):
         super().__init__()
         if depth < 1:
             raise ValueError(f"a depth of {depth}; expected at least 1")
-        self.head_init_scale = head_init_scale
         self.stem = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         block: Any = partial(
@@ -154,7 +154,7 @@ class ConvNeXtIsotropic(Pyramid):
         )
         self.stages = nn.ModuleList(Stage(None, [block(drop_path=rate)]) for rate in rates)
         self.apply(init_weights)
-        self.head_norm = nn.LayerNorm(dim, eps=EPS)
+        self.norm_head = nn.LayerNorm(dim, eps=EPS)
         self.finish(
             [dim] * depth,
             [patch_size] * depth,
@@ -163,6 +163,7 @@ class ConvNeXtIsotropic(Pyramid):
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            head_init_scale=head_init_scale,
         )
         quick_linears(self)
 
@@ -170,37 +171,6 @@ class ConvNeXtIsotropic(Pyramid):
     def from_authors(cls, **build: Any) -> ConvNeXtIsotropic:
         """Built with the arguments of the authors' constructor."""
         return cls(**_renamed(build))
-
-    def make_head(self, num_classes: int) -> nn.Module:
-        """A linear layer whose first weights are multiplied by `head_init_scale`."""
-        head = super().make_head(num_classes)
-        with torch.no_grad():
-            for parameter in head.parameters():
-                parameter.mul_(self.head_init_scale)
-        return head
-
-    def pool(self, x: Tensor) -> Tensor:
-        """A map to normalised features (B, C); without pooling, to a normalised map."""
-        x = super().pool(x)
-        if x.ndim == 2:
-            return self.head_norm(x)
-        return self.head_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the blocks that the maps `indices` do not need; returns the indices kept."""
-        if prune_head:
-            self.head_norm = nn.Identity()
-        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
-
-
-def init_weights(module: nn.Module) -> None:
-    """Deviation 0.02 for convolutions and linear layers, no bias."""
-    if isinstance(module, nn.Conv2d | nn.Linear) and not module.weight.is_meta:
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def fold_gamma(model: nn.Module) -> nn.Module:
@@ -229,7 +199,7 @@ _NAMES = (
     (r"^norm\.", "head.norm."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
-_ISOTROPIC = ((r"^blocks\.(\d+)\.", r"stages.\1.blocks.0."), (r"^norm\.", "head_norm."))
+_ISOTROPIC = ((r"^blocks\.(\d+)\.", r"stages.\1.blocks.0."), (r"^norm\.", "norm_head."))
 _BLOCK = ((r"\.dwconv\.", ".conv_dw."), (r"\.pwconv(\d)\.", r".mlp.fc\1."))
 
 

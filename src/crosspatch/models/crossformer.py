@@ -38,10 +38,10 @@ from typing import Any
 import crosspatch._torchvision  # noqa: F401
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.windows import pad_to
 from crosspatch.models.crossformer_blocks import PADDINGS, CrossFormerBlock, Grouping
@@ -172,7 +172,7 @@ class CrossFormer(Pyramid):
             global_pool=global_pool,
             drop_rate=drop_rate,
         )
-        self.apply(_init)
+        self.apply(init_linear)
 
     @classmethod
     def from_authors(cls, **build: Any) -> CrossFormer:
@@ -226,14 +226,6 @@ def _check(count, num_heads, group_size, crs_interval, mlp_ratio, merge_size, pa
         )
     if pad_type not in PADDINGS:
         raise ValueError(f"pad_type {pad_type}; expected 0 (bottom and right) or 1 (all sides)")
-
-
-def _init(module: nn.Module) -> None:
-    """Linears truncated normal with a deviation of 0.02 and biases of 0; the rest as built."""
-    if isinstance(module, nn.Linear) and not module.weight.is_meta:
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CrossFormer) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from crosspatch.layers.block import BlockOptions
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import Table, resize_tables
 from crosspatch.layers.resize import FixedResize
@@ -44,7 +45,6 @@ from crosspatch.layers.tokens import TokenState, as_map, mean_patch, select_patc
 from crosspatch.models.crossvit_fusion import FUSIONS, States
 from crosspatch.models.crossvit_stems import DaggerStem, T2TStem
 from crosspatch.models.registry import register, settings
-from crosspatch.models.vit import init_linear
 
 RELEASE = "https://github.com/IBM/CrossViT/releases/download/weights-0.1"
 FINE = 15 / 14  # the authors' fine branch sees 240 pixels where the coarse one sees 224

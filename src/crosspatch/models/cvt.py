@@ -202,7 +202,8 @@ class CvT(Pyramid):
 
     def _last(self) -> ConvStage:
         last = self.stages[-1]
-        assert isinstance(last, ConvStage)
+        if not isinstance(last, ConvStage):
+            raise TypeError(f"{type(last).__name__} for the last stage; expected a ConvStage")
         return last
 
     def _pooling(self, global_pool: str) -> None:

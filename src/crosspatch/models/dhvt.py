@@ -43,13 +43,13 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.attention import Attention
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.patch_embed import PatchEmbed, flatten_grid, pair
 from crosspatch.layers.position import resize_tables
 from crosspatch.models.flat import FlatTokens
 from crosspatch.models.registry import register, settings, unwrapped
-from crosspatch.models.vit import init_linear
 
 Grid = tuple[int, int]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)

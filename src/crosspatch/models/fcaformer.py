@@ -42,6 +42,7 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import resize_table, square_grid
 from crosspatch.layers.windows import Size
@@ -120,7 +121,8 @@ class FcaFormer(Pyramid):
             fca = [FcaBlock(spec, number, depth, rate) for number, rate in enumerate(mine)]
             stages.append(FcaStage(down, fca))
         self.stages = nn.ModuleList(stages)
-        self.norm_head: nn.Module = nn.LayerNorm(embed_dims[-1])
+        self.norm_head = nn.LayerNorm(embed_dims[-1])
+        self.apply(init_weights)
         self.finish(
             embed_dims,
             strides,
@@ -129,46 +131,17 @@ class FcaFormer(Pyramid):
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            head_init_scale=head_init_scale,
         )
-        self.init_weights(head_init_scale)
 
     @classmethod
     def from_authors(cls, **build: Any) -> FcaFormer:
         """Built from the arguments of the authors' constructor, those that it ignores left away."""
         return cls(**{name: value for name, value in build.items() if name not in IGNORED})
 
-    def init_weights(self, head_init_scale: float = 1.0) -> None:
-        """Truncated normal of 0.02 for convolutions and Linear layers, biases 0; the head's times
-        `head_init_scale`."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and not module.weight.is_meta:
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        if isinstance(self.head, nn.Linear) and not self.head.weight.is_meta:
-            with torch.no_grad():
-                self.head.weight.mul_(head_init_scale)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """A map to normalised features (B, C); with the pooling '' to the normalised map."""
-        x = super().pool(x)
-        if x.ndim == 2:
-            return self.norm_head(x)
-        return self.norm_head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
     def no_weight_decay(self) -> set[str]:
         """The positions of the plain version; the tables of the blocks do decay."""
         return {"stem.pos_embed"} if isinstance(self.stem, PlainStem) else set()
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages that the maps `indices` do not need; returns the indices kept."""
-        count = len(self.stages)
-        wanted = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if prune_norm or len(self.stages) < count:
-            self.norm_head = nn.Identity()
-        return wanted
 
 
 class PlainStem(nn.Module):

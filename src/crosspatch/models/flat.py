@@ -21,11 +21,11 @@ import torch.utils.checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import Table, resize_table
 from crosspatch.layers.tokens import TokenState
-from crosspatch.models.vit import init_linear
 
 FORMATS = ("NCHW", "NHWC", "NLC")
 

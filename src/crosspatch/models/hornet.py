@@ -32,10 +32,11 @@ from typing import Any
 import crosspatch._torchvision  # noqa: F401
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.gnconv import EPS, SCALE, GlobalLocalFilter, GnConv, resize_filter
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.patch_embed import pair
@@ -121,7 +122,6 @@ class HorNet(Pyramid):
         widths = [base_dim * 2**i for i in range(len(depths))]
         strides = [patch_size * 2**i for i in range(len(depths))]
         _check(pair(img_size), strides[-1], depths, orders, gf_stages)
-        self.uniform_init, self.head_init_scale = uniform_init, head_init_scale
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, base_dim, patch_size, patch_size), LayerNorm2d(base_dim, eps=EPS)
         )
@@ -143,7 +143,7 @@ class HorNet(Pyramid):
             blocks = [made(drop_path=next(rates)) for _ in range(depth)]
             self.stages.append(Stage(_downsample(width) if i else None, blocks))
         self.norm_head = nn.LayerNorm(widths[-1], eps=EPS)
-        self.apply(self._init)
+        self.apply(_init_uniform if uniform_init else init_weights)
         self.finish(
             widths,
             strides,
@@ -152,6 +152,7 @@ class HorNet(Pyramid):
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            head_init_scale=head_init_scale,
         )
 
     @classmethod
@@ -159,39 +160,13 @@ class HorNet(Pyramid):
         """The network of an entry point of the authors, with arguments of theirs."""
         return cls(**{**VARIANTS[variant], **build})
 
-    def _init(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d | nn.Linear) and not module.weight.is_meta:
-            if self.uniform_init:
-                nn.init.xavier_uniform_(module.weight)
-            else:
-                trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
-    def make_head(self, num_classes: int) -> nn.Module:
-        """As in every pyramid, its weights times `head_init_scale`."""
-        head = super().make_head(num_classes)
-        if isinstance(head, nn.Linear) and not head.weight.is_meta:
-            with torch.no_grad():
-                head.weight.mul_(self.head_init_scale)
-        return head
-
-    def pool(self, x: Tensor) -> Tensor:
-        """A map to normalised features (B, C); with the pooling '' to a normalised map."""
-        x = super().pool(x)
-        if x.ndim == 2:
-            return self.norm_head(x)
-        return self.norm_head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages that the maps `indices` do not need; returns the indices kept."""
-        stages = len(self.stages)
-        wanted = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if prune_norm or len(self.stages) < stages:
-            self.norm_head = nn.Identity()
-        return wanted
+def _init_uniform(module: nn.Module) -> None:
+    """Xavier's uniform numbers in convolutions and linear layers, biases 0."""
+    if isinstance(module, nn.Conv2d | nn.Linear) and not module.weight.is_meta:
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _downsample(width: int) -> nn.Sequential:

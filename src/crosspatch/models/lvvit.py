@@ -34,12 +34,13 @@ from timm.models import clean_state_dict, generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.box import Box
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.patch_embed import flatten_grid
 from crosspatch.layers.position import resize_tables
 from crosspatch.layers.tokens import TokenState, recover
 from crosspatch.models.registry import register, settings
-from crosspatch.models.vit import VisionTransformer, init_linear
+from crosspatch.models.vit import VisionTransformer
 
 AUX_WEIGHT = 0.5  # of the patches' maximum in the logits
 WRAPPERS = ("state_dict_ema", "state_dict", "model")  # where a released file may keep its tensors

@@ -36,10 +36,10 @@ from typing import Any
 import crosspatch._torchvision  # noqa: F401
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.patch_embed import pair
 from crosspatch.models.metaformer_blocks import (
     ACTIVATIONS,
@@ -225,12 +225,8 @@ def _reduced(size: Size, conv: tuple[int, int, int]) -> Size:
 
 def _init(module: nn.Module) -> None:
     """1x1 convolutions and linear layers: truncated normal, biases zero; others as in torch."""
-    if not isinstance(module, nn.Conv2d | nn.Linear) or module.weight.is_meta:
-        return
-    if isinstance(module, nn.Linear) or module.kernel_size == (1, 1):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Linear) or getattr(module, "kernel_size", None) == (1, 1):
+        init_weights(module)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: MetaFormer) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """timm's contract for networks of stages, whatever is in a stage: what backbones do alike.
 
-    x -> stem -> stages -> norm -> mean over the map -> drop -> head
+    x -> stem -> stages -> norm -> mean over the map -> norm_head -> drop -> head
 
-A backbone builds `stem`, `stages` and `norm`, tells their widths and strides, and has everything
-that timm asks of a model: features, heads, intermediate maps, checkpointing, pruning.
+A backbone builds `stem`, `stages` and one of the norms, tells their widths and strides, and has
+everything that timm asks of a model: features, heads, intermediate maps, checkpointing, pruning.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import crosspatch._torchvision  # noqa: F401
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from timm.layers import trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.patch_embed import pair
 
@@ -53,14 +53,17 @@ def run(block: nn.Module, x: Any, stage: Any) -> Any:
 class Pyramid(nn.Module):
     """A backbone of stages whose maps get smaller.
 
-    A subclass sets `stem`, `stages` and, where there is one, `norm`, and calls `finish` at the end
-    of its constructor. `channels_last`: its maps are (B, H, W, C) inside; else (B, C, H, W). A
-    stage may give something else than a map: then `to_map` says which map lies in it.
+    A subclass sets `stem`, `stages` and, where there is one, `norm` or `norm_head`, and calls
+    `finish` at the end of its constructor. `channels_last`: its maps are (B, H, W, C) inside; else
+    (B, C, H, W). A stage may give something else than a map: then `to_map` says which map lies in
+    it.
     """
 
     channels_last = False
     stem: nn.Module
     stages: nn.ModuleList
+    norm: nn.Module
+    norm_head: nn.Module
 
     def finish(
         self,
@@ -72,9 +75,11 @@ class Pyramid(nn.Module):
         num_classes: int,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        head_init_scale: float = 1.0,
     ) -> None:
         """What is alike in all. widths, strides: of the map that each stage gives; img_size: what
-        the network is described for. Raises ValueError for an unknown pooling."""
+        the network is described for; head_init_scale: multiplies the classifier's first weights.
+        Raises ValueError for an unknown pooling."""
         _check_pool(global_pool)
         self.img_size, self.in_chans, self.num_classes = pair(img_size), in_chans, num_classes
         self.global_pool, self.drop_rate = global_pool, drop_rate
@@ -85,8 +90,10 @@ class Pyramid(nn.Module):
             {"module": f"stages.{i}", "num_chs": width, "reduction": stride}
             for i, (width, stride) in enumerate(zip(widths, strides, strict=True))
         ]
-        if not hasattr(self, "norm"):
-            self.norm = nn.Identity()
+        self.head_init_scale = head_init_scale
+        for name in ("norm", "norm_head"):
+            if not hasattr(self, name):
+                setattr(self, name, nn.Identity())
         self.head = self.make_head(num_classes)
 
     def make_head(self, num_classes: int) -> nn.Module:
@@ -94,9 +101,9 @@ class Pyramid(nn.Module):
         if num_classes <= 0:
             return nn.Identity()
         head = Linear(self.head_hidden_size, num_classes)
-        if not head.weight.is_meta:
-            trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
+        init_linear(head)
+        with torch.no_grad():
+            head.weight.mul_(self.head_init_scale)
         return head
 
     def to_map(self, x: Any) -> Tensor:
@@ -127,11 +134,16 @@ class Pyramid(nn.Module):
         return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def pool(self, x: Tensor) -> Tensor:
-        """A map to features (B, C)."""
+        """A map to features (B, C), normalised where the norm is behind the pooling; with the
+        pooling '' to a map."""
         axes = (1, 2) if self.channels_last else (2, 3)
         if self.global_pool == "avg":
-            return x.mean(dim=axes)
-        return x.amax(dim=axes) if self.global_pool == "max" else x
+            return self.norm_head(x.mean(dim=axes))
+        if self.global_pool == "max":
+            return self.norm_head(x.amax(dim=axes))
+        if self.channels_last:
+            return self.norm_head(x)
+        return self.norm_head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, in_chans, H, W). Logits (B, num_classes)."""
@@ -212,7 +224,7 @@ class Pyramid(nn.Module):
         """Drop the stages that the maps `indices` do not need; returns the indices kept."""
         wanted, deepest = feature_take_indices(len(self.stages), indices)
         if prune_norm or deepest + 1 < len(self.stages):
-            self.norm = nn.Identity()
+            self.norm, self.norm_head = nn.Identity(), nn.Identity()
         self.stages = self.stages[: deepest + 1]
         if prune_head:
             self.reset_classifier(0, "")

@@ -36,6 +36,7 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import Table, resize_tables
 from crosspatch.layers.windows import (
@@ -50,7 +51,6 @@ from crosspatch.layers.windows import (
 from crosspatch.models.registry import register, settings, unwrapped
 from crosspatch.models.stvit_r_stages import ConvEmbed, SemanticStage, SwinStage
 from crosspatch.models.stvit_r_units import UNIT, SemanticAttention, SemanticSpec
-from crosspatch.models.vit import init_linear
 
 BORDERS = ("shifted", "padded")
 CLASSIFY = (10, None, None)  # tokens that blocks 1, 2 and 5 read around a window, itself included

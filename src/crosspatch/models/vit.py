@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from crosspatch.layers.attention import Attention
 from crosspatch.layers.block import BlockOptions, BlockSpec, run_blocks
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import Table, resize_table, resize_tables
 from crosspatch.layers.reducer import Reducer
@@ -395,14 +396,6 @@ class VisionTransformer(nn.Module):
                 )
                 number += 1
         return info
-
-
-def init_linear(module: nn.Module) -> None:
-    """Truncated normal of 0.02 and zero bias, for every Linear layer; LayerNorm as built."""
-    if isinstance(module, nn.Linear) and not module.weight.is_meta:
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _stem(

@@ -34,13 +34,14 @@ from torch import Tensor, nn
 from crosspatch.data.token_labels import TokenLabels, aligned
 from crosspatch.errors import UsageError
 from crosspatch.layers.box import Box
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.tokens import recover
 from crosspatch.mixing import OneOf, draws
 from crosspatch.mixing.mixtoken import draw
 from crosspatch.models.crossvit import CrossViT
 from crosspatch.models.lvvit import DenseLogits, LVViT, mix_tokens, swap
-from crosspatch.models.vit import VisionTransformer, init_linear
+from crosspatch.models.vit import VisionTransformer
 from crosspatch.objectives import Given, Inputs
 from crosspatch.objectives.options import Options
 from crosspatch.objectives.supervised import Supervised

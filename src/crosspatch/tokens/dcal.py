@@ -46,10 +46,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosspatch.layers.block import Block
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.reducer import AttentionStats, Reducer
 from crosspatch.layers.tokens import TokenState, order, take
-from crosspatch.models.vit import init_linear
 from crosspatch.tokens.host import Host, require_class_token
 
 BRANCHES = ("both", "sa", "glca")

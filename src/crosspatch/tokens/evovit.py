@@ -42,11 +42,12 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.position import resize_tables
 from crosspatch.layers.reducer import AttentionStats, Reducer
 from crosspatch.layers.tokens import Merge, TokenState, apply_merge, order, put
 from crosspatch.models.registry import register, settings
-from crosspatch.models.vit import VisionTransformer, init_linear
+from crosspatch.models.vit import VisionTransformer
 from crosspatch.tokens.host import Host, attach, check_blocks, hosts_of, require_class_token
 
 FAST = ("copy", "representative")
