@@ -201,7 +201,6 @@ def _cut(name: str, most: int = NAME) -> str:
 
 
 def _print(screen: Screen, found: Compared) -> None:
-    from crosspatch.training import compare_report
 
     screen._hide_bars()
     plan, split = found.plan, found.pictures
@@ -223,8 +222,6 @@ def _print(screen: Screen, found: Compared) -> None:
     for name in ("compare.png", "compare.md", "results.csv", "compare.json"):
         if (found.out / name).is_file():
             screen.line(f"written to {found.out / name}")
-    if not compare_report.can_draw():
-        screen.line(compare_report.NO_FIGURE, "yellow")
 
 
 def _colour(row: Row) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from crosspatch.deploy.bench import Benched, Row
-from crosspatch.deploy.bundle import needed
 from crosspatch.deploy.engines import precision_of
 from crosspatch.errors import UsageError
 from crosspatch.metrics.latency import Timing, ratio
@@ -141,9 +140,7 @@ def _ms(seconds: float) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Makes the folder for the table and the figure. Raises UsageError where that cannot be, or
-    matplotlib is missing."""
-    needed("matplotlib")
+    """Makes the folder for the table and the figure. Raises UsageError where that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writing-{os.getpid()}"
@@ -184,8 +181,7 @@ def write(folder: Path, benched: Benched) -> list[Path]:
 def figure(benched: Benched) -> Any:
     """Latency per picture, one panel per model: bars in groups of threads and batch, whiskers from
     5 to 95 % of the turns, and below them the time that the multiply-adds alone would take at the
-    peak. Returns a `matplotlib.figure.Figure`. Raises UsageError where matplotlib is missing."""
-    needed("matplotlib")
+    peak. Returns a `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
 
     models = [

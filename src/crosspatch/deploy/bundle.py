@@ -35,7 +35,6 @@ INSTALL = {
     "onnxruntime": "pip install 'crosspatch[onnx]'",
     "onnxscript": "pip install 'crosspatch[onnx]'",
     "openvino": "pip install 'crosspatch[openvino]'",
-    "matplotlib": "pip install 'crosspatch[figures]'",
 }
 DECODING = {
     "orientation": "turned upright as its EXIF entry says",

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import os
 import shlex
@@ -23,7 +22,6 @@ TABLE, PAGE, FIGURE = "results.csv", "compare.md", "compare.png"
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b")
 """The palette of Okabe and Ito, which colour-blind readers tell apart, and a brown; the first is
 the baseline's."""
-NO_FIGURE = "compare.png needs matplotlib: pip install 'crosspatch[figures]'"
 
 
 def write_compared(
@@ -34,13 +32,11 @@ def write_compared(
     Raises UsageError where they cannot be written.
     """
     keep(found.results())
-    made: dict[str, bytes] = {TABLE: table(found).encode(), PAGE: page(found).encode()}
-    if can_draw():
-        drawn = io.BytesIO()
-        with warnings.catch_warnings():  # letters that the font lacks are drawn as boxes
-            warnings.filterwarnings("ignore", "Glyph .* missing")
-            figure(found).savefig(drawn, format="png", dpi=120)
-        made[FIGURE] = drawn.getvalue()
+    drawn = io.BytesIO()
+    with warnings.catch_warnings():  # letters that the font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure(found).savefig(drawn, format="png", dpi=120)
+    made = {TABLE: table(found).encode(), PAGE: page(found).encode(), FIGURE: drawn.getvalue()}
     for name, data in made.items():
         aside = out / f".writing-{os.getpid()}-{name}"
         try:
@@ -54,11 +50,6 @@ def write_compared(
                 "make room, then type the command again",
             ) from error
     return [out / "compare.json", *(out / name for name in made)]
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def table(found: Compared) -> str:
@@ -103,7 +94,8 @@ def page(found: Compared) -> str:
         f"|{'|'.join(['---'] + ['---:'] * (len(head) - 1))}|",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        *([f"![intervals and learning curves]({FIGURE})", ""] if can_draw() else []),
+        f"![intervals and learning curves]({FIGURE})",
+        "",
         "## How it was measured",
         "",
         *(f"- {text}" for text in _how(found)),
