@@ -210,6 +210,29 @@ def test_the_families_stand_for_every_registered_name() -> None:
     assert not unknown
 
 
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [
+        ("nextvit_micro_32", "BatchNormalization"),
+        ("convnext_micro_32", "Mul"),
+        ("convnext_isotropic_micro_32", "Mul"),
+    ],
+)
+def test_norms_and_scales_are_folded_into_weights(name: str, operator: str, monkeypatch) -> None:
+    build = {} if "nextvit" in name else {"ls_init_value": 1.0}
+    model = xp.create_model(name, num_classes=3, **build).eval()
+    shipped = Shipped(model, Preprocess((32, 32), (32, 32)))
+
+    def count() -> int:
+        nodes = to_onnx(trace(shipped)).graph.node
+        return sum(node.op_type == operator for node in nodes)
+
+    folded = count()
+    monkeypatch.setattr(type(model), "for_inference", lambda self: self)
+    assert folded < count()
+    assert shipped.module is model
+
+
 @pytest.mark.parametrize("pattern", EXCEPTIONS or ["none"])
 def test_what_is_listed_as_an_exception_does_fail(pattern: str, tmp_path: Path) -> None:
     for name in registry._ENTRIES if EXCEPTIONS else ():

@@ -9,6 +9,7 @@ is named after the module it comes from, and nothing tells of the machine that w
 from __future__ import annotations
 
 import ast
+import copy
 import logging
 import math
 import warnings
@@ -68,15 +69,26 @@ class Shipped(nn.Module):
         return activate(logits.float() / self.temperature, self.task)
 
 
+    def folded(self) -> Shipped:
+        """The same with the network's form for inference, where it has one (`for_inference`: norms
+        and scales within the weights)."""
+        fold = getattr(self.module, "for_inference", None)
+        if fold is None:
+            return self
+        made = copy.copy(self)
+        made._modules = {**self._modules, "module": fold().eval()}
+        return made
+
+
 def trace(shipped: Shipped) -> torch.export.ExportedProgram:
-    """The graph that torch.export makes of it, for any batch from 1 on.
+    """The graph that torch.export makes of its folded form, for any batch from 1 on.
 
     Traced with two pictures: of one, torch would make a constant.
     """
     example = torch.zeros(2, *shipped.size, 3, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=GREATEST_BATCH)
     with _quiet(), torch.no_grad():
-        return torch.export.export(shipped, (example,), dynamic_shapes=({0: batch},))
+        return torch.export.export(shipped.folded(), (example,), dynamic_shapes=({0: batch},))
 
 
 def to_onnx(program: torch.export.ExportedProgram) -> Any:

@@ -108,6 +108,10 @@ class ConvNeXt(Adopted, timms.ConvNeXt):
         """Built with the arguments of the authors' constructor."""
         return cls(**_renamed(build))
 
+    def for_inference(self) -> nn.Module:
+        """A copy that computes the same without gammas: what is exported."""
+        return fold_gamma(self)
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The authors' layers: the stem, two stages, threes of blocks of stage 3, stage 4, head."""
         if coarse:
@@ -171,6 +175,10 @@ class ConvNeXtIsotropic(Pyramid):
     def from_authors(cls, **build: Any) -> ConvNeXtIsotropic:
         """Built with the arguments of the authors' constructor."""
         return cls(**_renamed(build))
+
+    def for_inference(self) -> nn.Module:
+        """A copy that computes the same without gammas: what is exported."""
+        return fold_gamma(self)
 
 
 def fold_gamma(model: nn.Module) -> nn.Module:

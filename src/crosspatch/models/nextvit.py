@@ -145,6 +145,10 @@ class NextViT(Adopted, timms.NextViT):
         model.set_grad_checkpointing(checkpointing)
         return model
 
+    def for_inference(self) -> NextViT:
+        """A copy that computes the same without a batch norm: what is exported."""
+        return merge_norms(self, convolutions=True)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass instead of keeping their activations."""
         stages: Any = self.stages
