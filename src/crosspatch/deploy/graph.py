@@ -68,7 +68,6 @@ class Shipped(nn.Module):
         logits = self.module(inputs)
         return activate(logits.float() / self.temperature, self.task)
 
-
     def folded(self) -> Shipped:
         """The same with the network's form for inference, where it has one (`for_inference`: norms
         and scales within the weights)."""
