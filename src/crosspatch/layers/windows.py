@@ -18,6 +18,7 @@ lets them be seen, as the authors do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import crosspatch._torchvision  # noqa: F401
@@ -184,6 +185,19 @@ def resize_bias_table(table: Tensor, old: Size, new: Size) -> Tensor:
     image = table.float().transpose(0, 1).unflatten(1, (from_h, from_w))[None]
     image = F.interpolate(image, (h, w), mode="bicubic", align_corners=False)
     return image[0].flatten(1).transpose(0, 1).to(table.dtype)
+
+
+def fit_bias_table(table: Tensor, window: Size, square: bool = False) -> Tensor:
+    """A bias table, resized from the square window that it must be of; as it is where it fits.
+
+    square: it cannot be of an oblong one.
+    """
+    side = (math.isqrt(table.shape[0]) + 1) // 2
+    rows = (2 * window[0] - 1) * (2 * window[1] - 1)
+    fits = table.shape[0] == rows and not square
+    if fits or (2 * side - 1) ** 2 != table.shape[0]:
+        return table
+    return resize_bias_table(table, (side, side), window)
 
 
 # ---------------------------------------------------------------------- attention

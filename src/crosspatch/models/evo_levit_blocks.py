@@ -24,21 +24,10 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from crosspatch.layers.conv_norm import ConvNorm
 from crosspatch.layers.linear import Linear
 
 STRIDE = 2  # of a convolution of the stem, and of a Downsample
-
-
-class ConvNorm(nn.Module):
-    """A 3x3 convolution of stride 2 and batch norm; a side of S becomes ceil(S / 2)."""
-
-    def __init__(self, dim_in: int, dim_out: int) -> None:
-        super().__init__()
-        self.c = nn.Conv2d(dim_in, dim_out, 3, STRIDE, 1, bias=False)
-        self.bn = nn.BatchNorm2d(dim_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.c(x))
 
 
 class LinearNorm(nn.Module):
@@ -87,7 +76,7 @@ def stem(in_chans: int, dim: int, halvings: int) -> nn.Sequential:
     widths = [in_chans, *(dim >> (halvings - 1 - i) for i in range(halvings))]
     layers: list[nn.Module] = []
     for previous, width in pairwise(widths):
-        layers += [ConvNorm(previous, width), nn.Hardswish()]
+        layers += [ConvNorm(previous, width, 3, STRIDE), nn.Hardswish()]
     return nn.Sequential(*layers[:-1])
 
 

@@ -42,13 +42,13 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from crosspatch.layers.conv_norm import ConvNorm
 from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import resize_table, square_grid
 from crosspatch.layers.windows import Size
 from crosspatch.models.fcaformer_blocks import (
     ConvBlock,
-    ConvNorm,
     Downsample,
     FcaBlock,
     FcaSpec,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from crosspatch.layers.conv_norm import ConvNorm
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.windows import (
@@ -33,16 +34,6 @@ from crosspatch.models.pyramid import Stage, run
 STRIDE = 4  # of the convolution that makes summary tokens
 CONV_EPS = 1e-6  # of the norms of convolutional blocks
 State = tuple[Tensor, tuple[Tensor, ...]]
-
-
-class ConvNorm(nn.Sequential):
-    """A convolution `c` without bias and a batch norm `bn`; (B, in, H, W) to (B, out, h, w)."""
-
-    def __init__(self, dim: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__()
-        conv = nn.Conv2d(dim, out, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.add_module("c", conv)
-        self.add_module("bn", nn.BatchNorm2d(out))
 
 
 class Downsample(nn.Module):

@@ -24,7 +24,6 @@ Expected (M parameters, GMACs at 224; Swin's own in brackets): tiny 28.32, 3.60
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -44,9 +43,9 @@ from crosspatch.layers.windows import (
     Size,
     SwinBlock,
     WindowAttention,
+    fit_bias_table,
     fitted,
     half,
-    resize_bias_table,
 )
 from crosspatch.models.registry import register, settings, unwrapped
 from crosspatch.models.stvit_r_stages import ConvEmbed, SemanticStage, SwinStage
@@ -342,21 +341,11 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: STViTR) -> dict[s
     for name, module in model.named_modules():
         key = f"{name}.relative_position_bias_table"
         if isinstance(module, WindowAttention | SemanticAttention) and module.window is not None:
-            state |= {key: _fit_table(state[key], module.window)} if key in state else {}
+            state |= {key: fit_bias_table(state[key], module.window)} if key in state else {}
         if isinstance(module, SemanticStage):
             centres = {f"{name}.semantic_token2": Table(module.spec.grid, 0)}
             state = resize_tables(state, centres)
     return state
-
-
-def _fit_table(table: Tensor, window: Size) -> Tensor:
-    """A bias table, resized from the square window that it must be of; as it is where there is
-    none."""
-    side = (math.isqrt(table.shape[0]) + 1) // 2
-    rows = (2 * window[0] - 1) * (2 * window[1] - 1)
-    if table.shape[0] == rows or (2 * side - 1) ** 2 != table.shape[0]:
-        return table
-    return resize_bias_table(table, (side, side), window)
 
 
 def _variant(width: int, heads: int, depth: int) -> dict[str, Any]:

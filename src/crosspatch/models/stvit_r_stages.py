@@ -20,6 +20,7 @@ import torch.utils.checkpoint
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from crosspatch.layers.conv_norm import ConvNorm
 from crosspatch.layers.position import resize_table
 from crosspatch.layers.windows import Size
 from crosspatch.models.stvit_r_units import UNIT, Among, Generate, Recover, Refine, SemanticSpec
@@ -33,21 +34,12 @@ class ConvEmbed(nn.Module):
         layers: list[nn.Module] = []
         widths = pairwise((in_chans, dim // 2, dim))
         for (before, after), stride in zip(widths, strides, strict=True):
-            layers += [ConvNorm(before, after, stride), nn.Hardswish()]
+            layers += [ConvNorm(before, after, 3, stride), nn.Hardswish()]
         self.proj = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         # channels last: the map then lies as the blocks want it
         return self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-
-
-class ConvNorm(nn.Sequential):
-    """A 3x3 convolution `c` without bias and its batch norm `bn`."""
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.c = nn.Conv2d(before, after, 3, stride, 1, bias=False)
-        self.bn = nn.BatchNorm2d(after)
 
 
 class SwinStage(nn.Module):

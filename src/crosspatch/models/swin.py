@@ -47,6 +47,7 @@ from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import Table, resize_table, resize_tables
 from crosspatch.layers.windows import (
     Size,
+    fit_bias_table,
     fitted,
     from_windows,
     half,
@@ -287,7 +288,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Swin) -> dict[str
     for name, module in model.named_modules():
         key = f"{name}.attn.{TABLE}"
         if isinstance(module, WindowBlock) and key in found:
-            found[key] = _fit_table(found[key], module.window_size, released)
+            found[key] = fit_bias_table(found[key], module.window_size, released)
     last_norm(found, "norm")
     embed: Any = model.patch_embed
     return resize_tables(found, {POSITIONS: Table(embed.grid_size, 0)})
@@ -312,19 +313,6 @@ def fit_head(
 
 def _next_stage(match: re.Match[str]) -> str:
     return f"layers.{int(match[1]) + 1}.downsample"
-
-
-def _fit_table(table: Tensor, window: Size, square: bool) -> Tensor:
-    """A bias table, resized from the square window that it must be of; as it is where it fits.
-
-    square: it cannot be of an oblong one.
-    """
-    side = (math.isqrt(table.shape[0]) + 1) // 2
-    rows = (2 * window[0] - 1) * (2 * window[1] - 1)
-    fits = table.shape[0] == rows and not square
-    if fits or (2 * side - 1) ** 2 != table.shape[0]:
-        return table
-    return resize_bias_table(table, (side, side), window)
 
 
 def _covering(size: Size, patch: int | Size) -> Size:
