@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import crosspatch._torchvision  # noqa: F401
+
 from timm.layers import trunc_normal_
 from torch import nn
 
