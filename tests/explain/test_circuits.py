@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import crosspatch as xp
 from crosspatch.errors import UsageError
@@ -95,3 +97,12 @@ def test_a_class_that_is_not_there_is_refused() -> None:
     for wrong in (5, -1):
         with pytest.raises(UsageError, match="number from 0 to 4"):
             dla(trunk(), pictures(), 0, wrong)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.floats(-3, 3), min_size=5, max_size=5))
+def test_contributions_are_linear_in_the_direction(seed: int, weights: list[float]) -> None:
+    model, images = MODELS["crossvit"](), pictures(1, seed)
+    every = attribute(model, images).values
+    one = attribute(model, images, torch.tensor([weights], dtype=torch.float64)).values
+    assert one[..., 0] == pytest.approx(every @ weights, abs=1e-9)
