@@ -22,7 +22,7 @@ from typing import Any
 from crosspatch.errors import DataError, UsageError, near
 
 HERE = Path(__file__).parent
-KINDS = ("model", "tokens", "mixing", "objective", "data", "compress", "task")
+KINDS = ("model", "tokens", "mixing", "objective", "data", "compress", "task", "explain")
 STATUSES = ("built", "reconstruction", "smallest-form", "studied")
 
 

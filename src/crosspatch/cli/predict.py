@@ -26,6 +26,7 @@ ENGINE = (
     "What computes. auto: torch for a run; for a bundle the fastest that is installed, measured "
     "once per machine."
 )
+EXPLAINED = 8  # pictures on one page of --explain
 Engine = Literal["auto", "onnxruntime", "openvino", "openvino-bf16", "torch"]
 
 
@@ -37,6 +38,7 @@ def predict(
     engine: Annotated[Engine, Parameter(help=ENGINE)] = "auto",
     csv: Annotated[Path | None, Parameter(metavar="FILE")] = None,
     show_tokens: Annotated[Path | None, Parameter(metavar="FILE.png")] = None,
+    explain: Annotated[Path | None, Parameter(metavar="FILE.html")] = None,
     output: Output | None = None,
 ) -> int:
     """Name the class of pictures.
@@ -51,6 +53,9 @@ def predict(
     show_tokens
         Draw into this file which patches of the picture a reduced run keeps and merges at each
         block. Takes one picture.
+    explain
+        Write a page that shows where the network looked and what decided: which parts, and which
+        branch of a CrossViT. Takes a run and up to eight pictures.
     """
     output = output or Output()
     if not images:
@@ -64,6 +69,8 @@ def predict(
     paths, missing = find(images)
     if show_tokens is not None:
         _check_drawing(show_tokens, run, paths)
+    if explain is not None:
+        _check_explaining(explain, run, paths)
 
     from crosspatch.cli.screen import Screen, print_json
 
@@ -71,6 +78,7 @@ def predict(
     with Screen(stderr=output.json) as screen:
         from crosspatch.deploy.loading import MANY, load
 
+        trained = _taken_apart(run) if explain is not None else None
         predictor = load(run, engine=engine, batch=MANY if len(paths) > 1 else 1)
         answers = predictor.predict(
             paths, progress=lambda done, total: screen.progress("predicting", done, total)
@@ -87,6 +95,8 @@ def predict(
 
             panels = draw_run(run, paths[0], show_tokens)
             screen.line(f"{show_tokens}: {summary(panels)}")
+        if explain is not None and rows:
+            _explain(screen, explain, run, trained, [row["path"] for row in rows])
     if not rows:
         raise nothing_readable(unreadable)
     if output.json:
@@ -97,6 +107,7 @@ def predict(
             "classes": answers.classes,
             **({"thresholds": answers.thresholds} if several else {}),
             "predictions": rows,
+            **({"explained": str(explain)} if explain is not None else {}),
             **({"tokens": [panel.counts() for panel in panels]} if panels else {}),
             "unreadable": [{"path": path, "reason": reason} for path, reason in unreadable],
         })  # fmt: skip
@@ -127,6 +138,55 @@ def _check_drawing(target: Path, run: Path, paths: list[str]) -> None:
             f"--show-tokens {target}", "a file that ends in .png", "--show-tokens tokens.png"
         )
     check_target(target, "--show-tokens", "tokens.png")
+
+
+def _check_explaining(target: Path, run: Path, paths: list[str]) -> None:
+    """Raises UsageError where --explain cannot be done."""
+    from crosspatch.cli import words
+
+    if not run.is_dir():
+        raise UsageError(
+            f"--explain with the bundle {run}",
+            "the folder of a run: inside a bundle there are no parts to look at",
+            words.command("crosspatch", "predict", run.parent, "PICTURE", "--explain", target),
+        )
+    if len(paths) > EXPLAINED:
+        raise UsageError(
+            f"--explain with {len(paths):,} pictures",
+            f"{EXPLAINED} pictures or fewer on a page",
+            "name the pictures that you want to understand",
+        )
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(
+            f"--explain {target}", "a file that ends in .html", "--explain explained.html"
+        )
+    check_target(target, "--explain", "explained.html")
+
+
+def _taken_apart(run: Path) -> Any:
+    """The model of a run. Raises UsageError where it cannot be taken apart."""
+    from crosspatch.explain.forward import explainable
+    from crosspatch.training.package import load_model
+
+    trained = load_model(run)
+    explainable(trained.module)
+    return trained
+
+
+def _explain(screen: Any, target: Path, run: Path, trained: Any, paths: list[str]) -> None:
+    from crosspatch.cli import words
+    from crosspatch.report.explained import explained
+    from crosspatch.report.page import write_page
+
+    html = explained(
+        run,
+        *paths,
+        names=[words.visible(path) for path in paths],
+        trained=trained,
+        progress=lambda done, total: screen.progress("explaining", done, total),
+    )
+    write_page(target, html)
+    screen.line(f"{words.visible(str(target))}: why, for {words.plural(len(paths), 'picture')}")
 
 
 def find(names: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
