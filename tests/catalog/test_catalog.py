@@ -163,7 +163,16 @@ def test_an_outcome_is_added_and_replaced(tmp_path):
     assert [one.verdict for one in after.measured if one.claim == "a claim"] == ["no"]
     assert [one.claim for one in after.measured if one.claim == "b"] == ["b"]
     assert after.claims == before.claims
+    assert after.idea == before.idea
     assert list(tmp_path.iterdir()) == [tmp_path / "resizemix.toml"]
+
+
+@pytest.mark.parametrize("slug", [slug for slug in slugs() if load(slug).measured])
+def test_writing_an_outcome_leaves_the_rest_of_a_file_as_it_is(slug, tmp_path):
+    shutil.copy(catalog.HERE / f"{slug}.toml", tmp_path)
+    record(slug, list(load(slug).measured), tmp_path)
+    ours = (catalog.HERE / f"{slug}.toml").read_text(encoding="utf-8")
+    assert (tmp_path / f"{slug}.toml").read_text(encoding="utf-8") == ours
 
 
 def test_unknown_and_damaged_entries(tmp_path):

@@ -48,22 +48,22 @@ class Measured:
     verdict: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One paper: see the fields above."""
+    """One paper: see the fields above, in the order in which a file has them."""
 
     slug: str
     title: str
     arxiv: str
     kinds: tuple[str, ...]
-    modules: tuple[str, ...]
-    status: str
-    departures: tuple[str, ...]
-    claims: tuple[str, ...]
     names: tuple[str, ...] = ()
+    modules: tuple[str, ...]
     tests: tuple[str, ...] = ()
     docs: tuple[str, ...] = ()
+    status: str
     idea: tuple[str, ...] = ()
+    departures: tuple[str, ...]
+    claims: tuple[str, ...]
     measured: tuple[Measured, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
