@@ -31,7 +31,7 @@ import timm
 import torch
 
 import crosspatch as xp
-from crosspatch import catalog
+from crosspatch.catalog import tables
 from crosspatch.cli.compare import Whole
 from crosspatch.cli.compare import _print as show
 from crosspatch.cli.screen import Screen
@@ -168,13 +168,8 @@ def page(asked: argparse.Namespace) -> None:
 
 def _papers() -> list[str]:
     """A line for each paper that brings a network."""
-    lines = ["| file | paper | arXiv |", "|---|---|---|"]
-    for slug in catalog.slugs():
-        entry = catalog.load(slug)
-        files = [one for one in entry.modules if one.startswith("models/")]
-        if files:
-            lines.append(f"| `{files[0]}` | {entry.title} | {entry.arxiv} |")
-    return [*lines, "", "What differs from the authors' code stands in `catalog/SLUG.toml`."]
+    return [tables.block("backbones"), "", "What differs from the authors' code stands in "
+            "`catalog/SLUG.toml`; `crosspatch papers SLUG` shows it."]  # fmt: skip
 
 
 def _small() -> list[str]:

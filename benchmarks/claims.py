@@ -122,7 +122,7 @@ GROUPS = {
             Claim("resizemix", "resizemix", f"ResizeMix alone {MORE}."),
             Claim("resizemix", "all", f"A draw among all mixings {MORE}."),
             Claim("mixpro", "maskmix", f"MaskMix {MORE}."),
-            Claim("mixpro", "transmix", f"TransMix {MORE}."),
+            Claim("transmix", "transmix", f"TransMix {MORE}."),
             Claim("mixpro", "mixpro", f"MaskMix with progressive attention labels {MORE}."),
         ),
         7,
@@ -155,10 +155,10 @@ GROUPS = {
             Claim("deit-lt", "deit-lt", "DeiT-LT's student beats the plain one in recall of rare "
                   "classes.", "tail_difference"),
             Claim("deit-lt", "deit-lt", "DeiT-LT's student beats the plain one in accuracy."),
-            Claim("deit-lt", "ldam", "LDAM with deferred weights beats plain training in recall of "
+            Claim("ldam", "ldam", "LDAM with deferred weights beats plain training in recall of "
                   "rare classes.", "tail_difference"),
-            Claim("deit-lt", "logit-adjust", "Logit adjustment beats plain training in recall of "
-                  "rare classes.", "tail_difference"),
+            Claim("logit-adjust", "logit-adjust", "Logit adjustment beats plain training in "
+                  "recall of rare classes.", "tail_difference"),
         ),
         5,
         factor=1.6,

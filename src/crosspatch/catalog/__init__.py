@@ -4,25 +4,33 @@
 
     title, arxiv      of the paper
     kinds, modules    what it is here (model, objective, mixing …), and the files it stands in
+    names             patterns of the words that stand for it in commands: models, mixings …
+    tests, docs       where it is tested and described
     status            built · reconstruction · smallest-form · studied
+    idea              five short lines
     departures        what differs from the paper or its authors' code, and why
     claims            what it claims
     [[measured]]      claim, figure, interval (low, high), hardware, command, date, verdict; kept
                       good or bad
+
+`tables` writes the lists in README.md and docs/ from these files; nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import tomllib
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from crosspatch.errors import DataError, UsageError, near
 
 HERE = Path(__file__).parent
-KINDS = ("model", "tokens", "mixing", "objective", "data", "compress", "task", "explain")
+KINDS = (
+    "model", "tokens", "mixing", "objective", "training", "data", "compress", "task", "explain"
+)  # fmt: skip
 STATUSES = ("built", "reconstruction", "smallest-form", "studied")
 
 
@@ -40,19 +48,81 @@ class Measured:
     verdict: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One paper: see the fields above."""
+    """One paper: see the fields above, in the order in which a file has them."""
 
     slug: str
     title: str
     arxiv: str
     kinds: tuple[str, ...]
+    names: tuple[str, ...] = ()
     modules: tuple[str, ...]
+    tests: tuple[str, ...] = ()
+    docs: tuple[str, ...] = ()
     status: str
+    idea: tuple[str, ...] = ()
     departures: tuple[str, ...]
     claims: tuple[str, ...]
     measured: tuple[Measured, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as --json prints them."""
+        return {**asdict(self), "address": address(self.arxiv)}
+
+
+def address(arxiv: str) -> str:
+    """Where a paper can be read."""
+    return f"https://arxiv.org/abs/{arxiv}"
+
+
+def entries(kind: str | None = None, status: str | None = None) -> list[Entry]:
+    """The papers of a kind and a status, by their first kind (in the order of KINDS) and slug.
+    Raises UsageError for a kind or status that there is not."""
+    for name, value, known in (("kind", kind, KINDS), ("status", status, STATUSES)):
+        if value is not None and value not in known:
+            hit = near(value, known) or known[0]
+            raise UsageError(f"--{name} {value}", f"one of {', '.join(known)}", f"--{name} {hit}")
+    found = [
+        one
+        for one in map(load, slugs())
+        if kind in (None, *one.kinds) and status in (None, one.status)
+    ]
+    return sorted(found, key=lambda one: (KINDS.index(one.kinds[0]), one.slug))
+
+
+def find(word: str) -> list[Entry]:
+    """The papers that a word stands for: a slug, an arXiv id, a file of ours, the name of a model
+    (with a tag of timm's, too), of a mixing, a reduction, an objective, or a part of a title.
+
+    The first of these that fits decides. Raises UsageError with what is near when nothing does.
+    """
+    known = entries()
+    plain = word.strip().lower()
+    name = plain.split(".")[0].split(":")[0]
+    ways = (
+        lambda one: plain == one.slug,
+        lambda one: plain.removeprefix("arxiv:").strip() == one.arxiv,
+        lambda one: any(_names_file(plain, module) for module in one.modules),
+        lambda one: any(fnmatch.fnmatchcase(name, pattern) for pattern in one.names),
+        lambda one: len(plain) > 2 and plain in one.title.lower(),
+    )
+    for fits in ways:
+        found = [one for one in known if fits(one)]
+        if found:
+            return found
+    words = {one.slug for one in known} | {n for one in known for n in one.names if "*" not in n}
+    raise UsageError(
+        f"no paper is called {word!r}",
+        f"a slug, a file, a model or an arXiv id; near it: {near(plain, words) or 'nothing'}",
+        "crosspatch papers, which lists all",
+    )
+
+
+def _names_file(word: str, module: str) -> bool:
+    """Whether a path, however much of it was typed, is that of a module."""
+    typed, whole = PurePosixPath(word).parts, ("src", "crosspatch", *PurePosixPath(module).parts)
+    return word.endswith(".py") and (typed[-len(whole) :] == whole or whole[-len(typed) :] == typed)
 
 
 def slugs(folder: Path = HERE) -> list[str]:

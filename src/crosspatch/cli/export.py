@@ -50,9 +50,11 @@ def export(
             "--data without --static", "pictures are needed for static scales only", "add --static"
         )
 
+    from crosspatch.cli.card import renew
     from crosspatch.cli.screen import Screen, print_json
     from crosspatch.deploy import export as room
     from crosspatch.deploy.quantise import expectation
+    from crosspatch.report.shipped import note_export
 
     with Screen(stderr=output.json) as screen:
         if (int8 or static) and to != "torch":
@@ -67,6 +69,7 @@ def export(
             calibration=(lambda: _pictures(run, data)) if static else None,
             progress=screen.progress,
         )
+        renew(screen, run, lambda: note_export(run, exported, to))
         if not output.json:
             _print(screen, run, exported, to)
     if output.json:

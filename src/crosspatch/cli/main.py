@@ -43,6 +43,7 @@ VERBS = {
     "label": ("crosspatch.cli.label:label", "Let a teacher label every patch of the pictures."),
     "bench": ("crosspatch.cli.bench:bench", "Measure how fast every engine runs a model here."),
     "compare": ("crosspatch.cli.compare:compare", "Find out which way to train is better."),
+    "papers": ("crosspatch.cli.papers:papers", "Look up the papers behind all this."),
 }
 DATA_VERBS = {
     "longtail": (

@@ -214,6 +214,11 @@ def train(
             summary = train_run(
                 data, out, overrides, screen, folder.resume, folder.overwrite, reading, folder.force
             )
+        if launch.rank() == 0:
+            from crosspatch.cli.card import renew
+            from crosspatch.report.shipped import note_machine
+
+            summary["card"] = renew(screen, out, lambda: note_machine(out))
     if output.json and launch.rank() == 0:
         print_json(summary)
     return 0

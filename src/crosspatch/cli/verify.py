@@ -12,6 +12,7 @@ from crosspatch.cli.options import Output, existing_run
 from crosspatch.cli.predict import find, nothing_readable
 
 if TYPE_CHECKING:
+    from crosspatch.cli.screen import Screen
     from crosspatch.deploy.bundle import Bundle
     from crosspatch.deploy.verify import EngineReport, Report
 
@@ -59,12 +60,24 @@ def verify(
         unreadable = missing + [(paths[one.index], one.reason) for one in report.failures]
         if images and not report.pictures:
             raise nothing_readable(unreadable)
+        if report.run is not None:
+            _remember(screen, report)
         if not output.json:
             _print(screen, report, unreadable)
     if output.json:
         rows = [{"path": path, "reason": reason} for path, reason in unreadable]
         print_json(room.summary(report) | {"unreadable": rows, "do": _advice(report)})
     return 0 if report.ok else 1
+
+
+def _remember(screen: Screen, report: Report) -> None:
+    """Keep what was found in the card of the run that the bundle lies in."""
+    from crosspatch.cli.card import renew
+    from crosspatch.deploy.verify import summary
+    from crosspatch.report.shipped import note_verify
+
+    run, path = report.bundle.path.parent, report.bundle.path
+    renew(screen, run, lambda: note_verify(run, path, summary(report)))
 
 
 def _run_around(bundle: Bundle) -> Path | None:
