@@ -150,9 +150,9 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     Raises UsageError where the file exists or cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([row[name] for name in COLUMNS] for row in rows)
     try:
         with path.open("x", encoding="utf-8", errors="surrogateescape", newline="") as file:
             file.write(text.getvalue())
