@@ -24,12 +24,15 @@ class Taken(NamedTuple):
     time: float | None
 
 
+NOTHING = Taken("", None)
+
+
 def taken(exif: bytes | None) -> Taken:
     """What an EXIF block says; of none, or of a broken one, nothing."""
     block = (exif or b"").removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
     if order is None or len(block) < 10:
-        return Taken("", None)
+        return NOTHING
     tags = dict(_entries(block, order, *struct.unpack_from(order + "I", block, 4)))
     inner = tags.get(_INNER)
     if isinstance(inner, int):

@@ -92,7 +92,7 @@ def near_groups(prints: Mapping[int, bytes]) -> tuple[tuple[int, ...], ...]:
 def near_pairs(prints: np.ndarray) -> np.ndarray:
     """int64 (P, 2): the pairs of fingerprints, uint8 (N, 288), that show the same picture: the
     first number below the second, ascending."""
-    low = _frequencies(prints)
+    low = frequencies(prints)
     detailed = np.flatnonzero(np.linalg.norm(low, axis=1) >= _DETAIL * SIDE)
     prints, low = prints[detailed], low[detailed]
     limit, asked = _limit(prints), _candidates(low, prints)
@@ -131,7 +131,7 @@ def _parts(keys: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return keys // 2 // max(1, count), keys // 2 % max(1, count), keys % 2 == 1
 
 
-def _frequencies(prints: np.ndarray, crop: tuple[float, float, float] = (0, 0, 0)) -> np.ndarray:
+def frequencies(prints: np.ndarray, crop: tuple[float, float, float] = (0, 0, 0)) -> np.ndarray:
     """float32 (N, 64): the low frequencies of each picture's detail, the vertical ones first, as
     they are after such a crop."""
     share, *above = crop
@@ -156,7 +156,7 @@ def _candidates(low: np.ndarray, prints: np.ndarray) -> np.ndarray:
     keys = _keys(one % count, other % count, (one >= count) ^ (other >= count), count)
     found = [(keys, _cosine(whole, one, whole, other))]
     for crop in _CROPS:
-        asked = _frequencies(prints, crop)
+        asked = frequencies(prints, crop)
         one, other = _collisions(np.concatenate([whole, asked]) > 0, _CROPPED, draw)
         mixed = (one < 2 * count) & (other >= 2 * count) & ((one - other) % max(1, count) != 0)
         one, other = one[mixed], other[mixed] - 2 * count
