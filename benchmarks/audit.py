@@ -70,7 +70,9 @@ def make_photos(archive: Path, folder: Path) -> None:
     for number in range(COUNT):
         photo = photos[number % len(photos)]
         side = [int(one * rng.uniform(0.5, 0.8)) for one in photo.size]
-        x, y = (int(rng.uniform(0, whole - one)) for whole, one in zip(photo.size, side))
+        x, y = (
+            int(rng.uniform(0, whole - one)) for whole, one in zip(photo.size, side, strict=True)
+        )
         part = photo.crop((x, y, x + side[0], y + side[1])).resize(SIZE)
         pixels = np.asarray(part.convert("HSV")).copy()
         pixels[..., 0] += np.uint8(rng.integers(256))
@@ -96,12 +98,14 @@ def recall_rows(folder: Path, sheet: Path | None) -> Iterator[dict]:
     rng, names = np.random.default_rng(0), list(CHANGES)
     chosen = rng.permutation(len(images))[:PLANTED].tolist()
     kinds = [names[number % len(names)] for number in range(len(chosen))]
-    planted = [CHANGES[kind](images[at]) for kind, at in zip(kinds, chosen)]
+    planted = [CHANGES[kind](images[at]) for kind, at in zip(kinds, chosen, strict=True)]
     prints = [fingerprint(image) for image in [*images, *planted]]
     pairs = near_pairs(np.frombuffer(b"".join(prints), np.uint8).reshape(len(prints), -1))
     known = set(map(tuple, pairs.tolist()))
     found = Counter(
-        k for i, (k, at) in enumerate(zip(kinds, chosen)) if (at, len(images) + i) in known
+        k
+        for i, (k, at) in enumerate(zip(kinds, chosen, strict=True))
+        if (at, len(images) + i) in known
     )
     total = Counter(kinds)
     for name in names:
