@@ -47,7 +47,9 @@ def audit(
     overwrite: Annotated[bool, Parameter(group=OUTPUT)] = False,
     run: Annotated[Path | None, Parameter(group=_WHAT, metavar="RUN")] = None,
     workers: Annotated[
-        int | None, at_least(1, "--workers 2"), Parameter(metavar="N", show_default="one per core")
+        int | None,
+        at_least(1, "--workers 2"),
+        Parameter(group=_WHAT, metavar="N", show_default="one per core"),
     ] = None,
     columns: Columns | None = None,
     group: Annotated[str | None, Parameter(group=_WHAT, metavar="folder|PATTERN|COLUMN")] = None,
