@@ -1,4 +1,4 @@
-"""Audits: each planted fault is found, and the command it ends with mends it, whatever its names."""
+"""Audits: each planted fault is found, and its command mends it, whatever the names are."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def copy_findings(
             kind = f"{name}-{where}" if where else name
             going = [at for one in sets_here for at in _going(source, looks, one, where)]
             command = place.take_out(kind)
-            items = [{"paths": [source.items[at].key for at in one],
+            items = [{"paths": [source.items[at].key for at in _apart(source, one)],
                       "note": _told(source, one, where)} for one in sets_here]  # fmt: skip
             title = f"{several(len(sets_here), 'set')} {title}"
             yield Finding(level, kind, title, why, command, items), going
@@ -101,6 +101,16 @@ def _going(source: Source, looks: Sequence[Look], alike: Sequence[int], where: s
         return [at for at in alike if _STRICT[source.items[at].split] > strictest]
     stays = max(alike, key=lambda at: (np.prod(looks[at].shape), looks[at].size, -at))
     return [at for at in alike if at != stays]
+
+
+def _apart(source: Source, alike: Sequence[int]) -> list[int]:
+    """The items of a set, one of each class and split first."""
+    seen: Counter[tuple] = Counter()
+    rank = {}
+    for at in alike:
+        key = (source.items[at].label, source.items[at].split)
+        rank[at], seen[key] = seen[key], seen[key] + 1
+    return sorted(alike, key=lambda at: rank[at])
 
 
 def _told(source: Source, alike: Sequence[int], where: str) -> str:
