@@ -48,6 +48,8 @@ CHANGES = {
     "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.1),
     "more contrast": lambda image: ImageEnhance.Contrast(image).enhance(1.2),
     "cropped": lambda image: cropped(image, 0.03),
+    "cropped on every side": lambda image: cropped(image, 0.1),
+    "cropped at a corner": lambda image: image.crop((0, 0, image.width - 8, image.height - 6)),
     "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     "grey": lambda image: image.convert("L").convert("RGB"),
     "squashed": lambda image: image.resize((100, 100)),

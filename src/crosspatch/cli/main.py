@@ -35,6 +35,7 @@ from crosspatch.cli.options import TOKENS
 from crosspatch.errors import CrosspatchError, Interrupted, UsageError, near
 
 VERBS = {
+    "audit": ("crosspatch.cli.audit:audit", "Look at pictures before a training."),
     "train": ("crosspatch.cli.train:train", "Train a classifier on a folder of pictures."),
     "eval": ("crosspatch.cli.eval:evaluate", "Measure a trained run on labelled pictures."),
     "predict": ("crosspatch.cli.predict:predict", "Name the class of pictures."),

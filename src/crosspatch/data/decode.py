@@ -17,7 +17,7 @@ import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import (
@@ -149,6 +149,47 @@ def picture_size(
         width, height = image.size
         sideways = _orientation(image.info.get("exif")) >= 5
         return (width, height) if sideways else (height, width)
+    finally:
+        if isinstance(source, str | Path):
+            stream.close()
+
+
+class Header(NamedTuple):
+    """What a file says of itself. format: one of FORMATS; mode: Pillow's name of its pixels; width,
+    height: as stored, in pixels; orientation: 1 to 8 (EXIF), 1 upright; several: more than one
+    frame; transparent: it has an alpha channel or a transparent colour; exif: the block, if any."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    orientation: int
+    several: bool
+    transparent: bool
+    exif: bytes | None
+
+
+def read_header(
+    source: str | Path | bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS, name: str | None = None
+) -> Header:
+    """What the header of a picture says; no pixel is decoded. Raises UnreadableImage as
+    `picture_size` does."""
+    name = name or _name_of(source)
+    stream = _stream(source, name)
+    try:
+        image = _open_checked(stream, name, max_pixels)
+        exif = image.info.get("exif")
+        several = _parse(lambda: bool(getattr(image, "is_animated", False)), name)
+        kind = next(kind for kind, reader in _READERS.items() if isinstance(image, reader))
+        return Header(
+            kind,
+            image.mode,
+            *image.size,
+            _orientation(exif),
+            several,
+            _parse(lambda: bool(image.has_transparency_data), name),
+            exif if isinstance(exif, bytes) else None,
+        )
     finally:
         if isinstance(source, str | Path):
             stream.close()

@@ -89,19 +89,37 @@ def class_kernels(
     labels = np.asarray(labels)
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} pictures and {len(labels)} labels")
-    sides = np.array([min(image.shape[:2]) for image in images])
-    tile = next((side for side in SIDES if 2 * np.sum(sides >= side) > len(sides)), None)
+    tile = tile_of([min(image.shape[:2]) for image in images])
     if tile is None:
         return None
-    chosen = _chosen(labels, sides >= tile, seed)
-    kinds, known = np.unique(labels[chosen], return_inverse=True)
-    if len(kinds) < 2 or len(chosen) < LEAST:
+    chosen = choose(labels, np.array([min(one.shape[:2]) >= tile for one in images]), seed)
+    looked = [look(images[at], tile) for at in chosen]
+    return judge(looked, labels[chosen], seed=seed)
+
+
+def tile_of(sides: Sequence[int]) -> int | None:
+    """The tile (pixels) for pictures of these shorter sides: of `SIDES` the first that most of them
+    hold, None where they are too small."""
+    return next((tile for tile in SIDES if 2 * sum(s >= tile for s in sides) > len(sides)), None)
+
+
+def look(image: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (H, W, 3), as it is stored -> what `judge` needs of it: (log spectrum (tile, tile),
+    difference from its mirror image (18,)), both float64."""
+    return log_spectrum(image, tile), _leaning(image)
+
+
+def judge(
+    looked: Sequence[tuple[np.ndarray, np.ndarray]], labels: np.ndarray, *, seed: int = 0
+) -> SpectrumFinding | None:
+    """The finding for pictures looked at (N), labels int64 (N,); None for too few of them."""
+    kinds, known = np.unique(labels, return_inverse=True)
+    if len(kinds) < 2 or len(looked) < LEAST:
         return None
-    spectra = np.stack([log_spectrum(images[at], tile) for at in chosen])
-    shapes = np.stack([_leaning(images[at]) for at in chosen])
-    how = {"labels": known, "seed": seed}
+    spectra, shapes = (np.stack(part) for part in zip(*looked, strict=True))
+    tile, how = spectra.shape[1], {"labels": known, "seed": seed}
     accuracies = (
-        _told(spectra[:, :, : tile // 2 + 1].reshape(len(chosen), -1), strength=1000.0, **how),
+        _told(spectra[:, :, : tile // 2 + 1].reshape(len(looked), -1), strength=1000.0, **how),
         _told(mirrored(spectra, 1, NEAR), **how),
         _told(mirrored(spectra, FAR, REACH), **how),
         _told(shapes, strength=100.0, **how),
@@ -111,7 +129,7 @@ def class_kernels(
     least = EXCESS * (1 - chance)
     above = max(accuracies[2:]) + max(CONTROL * error, least)
     needed = max(chance + max(SURE * error, least), above)
-    return SpectrumFinding(*accuracies, chance, float(needed), len(chosen), len(kinds))
+    return SpectrumFinding(*accuracies, chance, float(needed), len(looked), len(kinds))
 
 
 def log_spectrum(image: np.ndarray, side: int) -> np.ndarray:
@@ -149,14 +167,15 @@ def _leaning(image: np.ndarray) -> np.ndarray:
     return (small - small[:, ::-1])[:, : SHAPE // 2].ravel()
 
 
-def _chosen(labels: np.ndarray, usable: np.ndarray, seed: int) -> np.ndarray:
-    """Places of at most MOST usable pictures of each class that has FEW of them."""
+def choose(labels: np.ndarray, usable: np.ndarray, seed: int = 0, most: int = MOST) -> np.ndarray:
+    """int64, ascending: places of at most `most` usable pictures (N,) of each class that has FEW of
+    them."""
     rng = np.random.default_rng(seed)
     chosen = []
     for kind in np.unique(labels):
         places = np.flatnonzero(usable & (labels == kind))
         if len(places) >= FEW:
-            chosen.append(rng.permutation(places)[:MOST])
+            chosen.append(rng.permutation(places)[:most])
     return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
 
 
