@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from crosspatch.data.findings import Finding
 from crosspatch.deploy.embedding import embedder, patches_of
 from crosspatch.deploy.loading import load, run_of
 from crosspatch.deploy.predictor import Picture
 from crosspatch.errors import DataError, UsageError
-from crosspatch.explain.findings import Finding
 from crosspatch.metrics import label_errors, ridge
 from crosspatch.metrics.calibration import apply_temperature, fit_temperature
 

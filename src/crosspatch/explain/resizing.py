@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from crosspatch.data.decode import UnreadableImage
+from crosspatch.data.findings import Finding
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.deploy.embedding import of_model
 from crosspatch.deploy.predictor import Picture, Predictor
 from crosspatch.deploy.torch_engine import TorchEngine
 from crosspatch.errors import UsageError
-from crosspatch.explain.findings import Finding
 from crosspatch.metrics.interval import paired, wilson
 from crosspatch.metrics.neighbours import nearest
 from crosspatch.metrics.ridge import fit_layers, one_hot
