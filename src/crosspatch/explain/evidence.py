@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,32 @@ from typing import Any
 import numpy as np
 
 from crosspatch.data.decode import UnreadableImage
+from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.sources import Source, match_classes
 from crosspatch.deploy.footprint import latency, weights_size
 from crosspatch.deploy.loading import load
 from crosspatch.deploy.predictor import Predictor
 from crosspatch.deploy.robustness import CHANGES, robustness
+from crosspatch.explain.collect import SIDE, fixed_features, learning
+from crosspatch.metrics.neighbours import nearest
+from crosspatch.processor import cores
 
 Progress = Callable[[str, int, int], None]
 LEAST, MOST = 300, 12_000  # pictures through the network, whatever was trained
+SMALL, CHEAP = 1_200, 5e11  # so many at least where they take no more multiply-adds than this
 SHARE = 0.1  # of the training's computing, which takes three times as much a picture
 TESTED = 500  # pictures for robustness, at most
-GALLERY = 4_000  # training pictures, at most
-ASKED = 1_000  # test pictures for the learning curve, at most
+GALLERY = 2_000  # training pictures, at most
+LEARNT, ASKED = 3_000, 1_000  # training and test pictures for the learning curve, at most
 MISTAKES = 12
 _STREAM = 0x65766964  # keeps these draws apart from all others of the same seed
 
 
-def allowance(steps: int, batch: int) -> int:
-    """How many pictures may pass the network after a training of so many steps."""
-    return int(np.clip(3 * SHARE * steps * batch, LEAST, MOST))
+def allowance(steps: int, batch: int, macs: float) -> int:
+    """How many pictures may pass a network of `macs` multiply-adds after a training of so many
+    steps."""
+    least = np.clip(CHEAP / max(macs, 1.0), LEAST, SMALL)
+    return int(np.clip(3 * SHARE * steps * batch, least, MOST))
 
 
 def gather(
@@ -54,7 +62,7 @@ def gather(
     """
     began, tell = time.perf_counter(), progress or (lambda *_: None)
     steps, batch = int(report["steps"]), int(report["config"]["recipe"]["batch"])
-    most = allowance(steps, batch)
+    most = allowance(steps, batch, float(report.get("macs") or 0))
     found: dict[str, Any] = {"bytes": weights_size(run)}
     left: dict[str, str] = {}
 
@@ -97,7 +105,7 @@ def chosen(keys: Sequence[str], most: int) -> list[str]:
     if len(keys) <= most:
         return list(keys)
     drawn = np.random.default_rng([_STREAM, len(keys)]).permutation(len(keys))[:most]
-    return [keys[place] for place in np.sort(drawn).tolist()]
+    return [str(keys[int(place)]) for place in np.sort(drawn)]
 
 
 class _Shelf:
@@ -128,6 +136,26 @@ class _Shelf:
                 continue
         return np.stack(read), self.labels_of(kept)
 
+    def small(self, keys: Sequence[str], done: int, total: int) -> tuple[np.ndarray, list[str]]:
+        """(uint8 (N, 32, 32, 3), keys) of those that can be read."""
+        shape = Preprocess.for_pictures(SIDE, "squash")
+        read, kept = [], []
+
+        def one(key: str) -> np.ndarray | None:
+            try:
+                return shape.fit_image(self.source.image(self.place[key], side=SIDE))
+            except UnreadableImage:
+                return None
+
+        with ThreadPoolExecutor(min(8, cores())) as pool:
+            for number, (key, pixels) in enumerate(zip(keys, pool.map(one, keys), strict=True), 1):
+                if pixels is not None:
+                    read.append(pixels)
+                    kept.append(key)
+                if number % 100 == 0:
+                    self.tell("fitting learning curves", done + number, total)
+        return np.array(read, np.uint8).reshape(-1, SIDE, SIDE, 3), kept
+
 
 def _robustness(
     run: str | Path, shelf: _Shelf, rows: Sequence[dict[str, str]], most: int
@@ -151,7 +179,6 @@ def _neighbours(
 ) -> dict[str, Any] | None:
     """{gallery, of, pairs: {path of a mistake: {path, class, distance}}}."""
     from crosspatch.deploy.embedding import embedder
-    from crosspatch.metrics.neighbours import nearest
 
     asked = shelf.known([row["path"] for row in mistakes])
     gallery = chosen(shelf.known(trained_on), min(GALLERY, most // 2))
@@ -161,8 +188,8 @@ def _neighbours(
     tell = partial(shelf.tell, "looking for similar pictures")
     known = embed(shelf.calls(gallery), progress=tell)
     queries = embed(shelf.calls(asked))
-    whole = np.isfinite(known).all(axis=1)
-    names = [key for key, good in zip(gallery, whole, strict=True) if good]
+    whole = np.flatnonzero(np.isfinite(known).all(axis=1))
+    names = [gallery[int(place)] for place in whole]
     places, distances = nearest(np.nan_to_num(queries), known[whole], 1)
     pairs = {
         key: {
@@ -180,15 +207,11 @@ def _learning(
 ) -> dict[str, Any] | None:
     if shelf.source.multi:
         return None
-    from crosspatch.deploy.embedding import embedder
-    from crosspatch.explain.collect import learning
-
-    embed = embedder(None).embed
-    sets = []
-    tell = partial(shelf.tell, "fitting learning curves")
-    for keys, cap in ((trained_on, GALLERY), ([row["path"] for row in rows], ASKED)):
-        some = chosen(shelf.known(keys), min(cap, most // 2))
-        features = embed(shelf.calls(some), progress=tell)
-        whole = np.isfinite(features).all(axis=1)
-        sets.append((features[whole], shelf.labels_of(some)[whole]))
+    wanted = ((trained_on, LEARNT), ([row["path"] for row in rows], ASKED))
+    kept = [chosen(shelf.known(keys), min(cap, 3 * most)) for keys, cap in wanted]
+    total, done, sets = sum(map(len, kept)), 0, []
+    for keys in kept:
+        pictures, read = shelf.small(keys, done, total)
+        done += len(keys)
+        sets.append((fixed_features(pictures), shelf.labels_of(read)))
     return learning(*sets, shelf.classes)

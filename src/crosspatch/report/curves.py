@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN = COLOURS[:3]
 
 
 @contextmanager
-def _drawing(width: float, height: float, **subplots: Any) -> Iterator[tuple[Any, Any]]:
+def sketching(width: float, height: float, **subplots: Any) -> Iterator[tuple[Any, Any]]:
     """`figures.drawing`; letters that the font of the measuring lacks are no matter."""
     with warnings.catch_warnings(), drawing(width, height, **subplots) as made:
         warnings.filterwarnings("ignore", "Glyph .* missing")
@@ -37,7 +37,7 @@ def training_curves(story: Story) -> Markup | None:
         return None
     key = "val_map" if story.several else "val_accuracy"
     where = [row["epoch"] for row in history]
-    with _drawing(8.4, 2.9, ncols=2) as (figure, (left, right)):
+    with sketching(8.4, 2.9, ncols=2) as (figure, (left, right)):
         for name, said, colour in (("train_loss", "training", ORANGE),
                                    ("val_loss", "validation", BLUE)):  # fmt: skip
             points = [(x, row[name]) for x, row in zip(where, history, strict=True)
@@ -61,6 +61,7 @@ def training_curves(story: Story) -> Markup | None:
         percents(right.yaxis)
         for panel in (left, right):
             panel.set_xlabel("epoch")
+            panel.xaxis.get_major_locator().set_params(integer=True)
         return to_svg(figure, "Loss and accuracy on validation after each epoch of the training")
 
 
@@ -69,7 +70,7 @@ def reliability_figure(story: Story) -> Markup | None:
     found = story.metrics.get("reliability") or {}
     if not found.get("after"):
         return None
-    with _drawing(4.2, 3.6) as (figure, panel):
+    with sketching(4.2, 3.6) as (figure, panel):
         panel.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
         for name, said, colour in (("before", "before calibration", ORANGE),
                                    ("after", "as it is used", BLUE)):  # fmt: skip
@@ -100,7 +101,7 @@ def abstain_figure(story: Story) -> Markup | None:
     step = max(1, len(found.coverage) // 400)
     x, y = found.coverage[::step].tolist(), found.precision[::step].tolist()
     x, y = [*x, float(found.coverage[-1])], [*y, float(found.precision[-1])]
-    with _drawing(4.2, 3.6) as (figure, panel):
+    with sketching(4.2, 3.6) as (figure, panel):
         panel.plot(x, y, color=BLUE)
         for wanted, left in story.thresholds():
             if left.precision is not None:
@@ -120,7 +121,7 @@ def learning_figure(story: Story) -> Markup | None:
     found = story.evidence.get("learning")
     if not found or min(found["errors"]) <= 0:
         return None
-    with _drawing(4.6, 2.8) as (figure, panel):
+    with sketching(4.6, 2.8) as (figure, panel):
         panel.plot(found["sizes"], found["errors"], marker="o", color=BLUE)
         panel.set_xscale("log")
         panel.set_yscale("log")

@@ -20,8 +20,11 @@ from crosspatch.report.story import Story, named
 
 SAMPLES = 8
 LABELS = "label_errors.csv"
-COLUMNS = ("path", "label", "suggested", "score")
+COLUMNS: tuple[str, ...] = ("path", "label", "suggested", "score")
 MOST_LABELS = 12  # suspected labels that the page shows
+DOUBTED, LEAST_DOUBTED = 0.02, 20
+"""The share of the judged pictures that a table of suspected labels may hold, and at least so many:
+of a weak model most doubts are its own mistakes."""
 
 
 class Mistake(NamedTuple):
@@ -111,7 +114,8 @@ def suspected(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         if str(row["correct"]) != "1"
         and float(row["confidence"]) >= usual.get(row["prediction"], 1.1)
     ]  # fmt: skip
-    return sorted(found, key=lambda row: (-float(row["score"]), row["path"]))
+    most = max(LEAST_DOUBTED, round(DOUBTED * len(rows)))
+    return sorted(found, key=lambda row: (-float(row["score"]), row["path"]))[:most]
 
 
 def write_labels(path: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -77,7 +77,7 @@ def can(story: Story) -> list[str]:
     figure = story.metrics.get("accuracy") or 0.0
     better = [one for one in worth if one[0] > figure]
     if better:
-        wanted, left = max(better, key=lambda one: (one[0] <= 0.95, one[0]))
+        _, left = max(better, key=lambda one: (one[0] <= 0.95, one[0]))
         said.append(
             f"It knows when it knows: where it is at least {percent(left.threshold, 0)} sure, "
             f"which is so for {percent(left.coverage, 0)} of the pictures, it is right in "

@@ -9,7 +9,7 @@ who want to know why. The page reads what the run's folder holds, measures what 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,18 @@ def write_report(run_folder: str | Path, *, progress: Progress | None = None) ->
     source, remarks = _source(report)
     judged = "test" if report.get("test") else "val"
     mine = [row for row in rows if row["split"] == judged]
-    if "evidence" not in report and mine:
-        trained_on = [row["path"] for row in read_rows(run.path / "split.csv")
-                      if row["split"] == "train"]  # fmt: skip
-        evidence = gather(run.path, report, source, mine, trained_on, progress)
-        report = {**read_report(run.path), "evidence": evidence}
-        run.write_report(report)
     if report.get(judged) is None:
         raise DataError(
             f"{run.path} was judged on no picture",
             "a run with pictures to validate or test with",
             "add pictures, about 20 for each class",
         )
+    if "evidence" not in report:
+        trained_on = [row["path"] for row in read_rows(run.path / "split.csv")
+                      if row["split"] == "train"]  # fmt: skip
+        evidence = gather(run.path, report, source, mine, trained_on, progress)
+        report = {**read_report(run.path), "evidence": evidence}
+        run.write_report(report)
     doubted = suspected(rows)
     if doubted:
         write_labels(run.path / LABELS, doubted)
@@ -68,6 +68,36 @@ def write_report(run_folder: str | Path, *, progress: Progress | None = None) ->
     path = run.path / PAGE
     write_page(path, page(story, doubted, LABELS if doubted else ""))
     return path
+
+
+def judged_page(
+    run: Path,
+    data: str,
+    split: str,
+    metrics: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    source: Source,
+    remarks: Sequence[str] = (),
+) -> str:
+    """The page of a model judged on pictures: those of its run, or others.
+
+    run: the run's folder, or where a bundle lies; metrics, rows: of the task, for these pictures.
+    Thresholds are chosen on the run's validation pictures, where they are known and others.
+    """
+    try:
+        report = read_report(run)
+    except DataError:  # a bundle away from its run
+        report = {}
+    own = report.get("data") == data and split in ("val", "test")
+    if not own:  # what was measured on the run's own pictures says nothing of these
+        known = report.get("evidence") or {}
+        kept = {key: known[key] for key in ("latency", "bytes") if key in known}
+        report = {**report, "evidence": kept, "baseline": {}}
+    theirs = read_rows(run / "predictions.csv") if report else []
+    asked = {row["path"] for row in rows}
+    others = [row for row in theirs if row["split"] == "val" and row["path"] not in asked]
+    story = Story(data, split, metrics, rows, others, report, source, tuple(remarks))
+    return page(story, suspected(rows))
 
 
 def read_report(folder: Path) -> dict[str, Any]:
