@@ -89,7 +89,7 @@ def reliability_figure(story: Story) -> Markup | None:
         panel.set_ylim(0, 1)
         for axis in (panel.xaxis, panel.yaxis):
             percents(axis)
-        panel.legend(loc="upper left")
+        panel.legend()
         return to_svg(figure, "How often answers are right against how sure they are")
 
 

@@ -144,7 +144,9 @@ def _worse(story: Story) -> list[str]:
 
 def collect(story: Story) -> list[str]:
     """What more pictures would bring, for the classes where they bring most."""
-    rows = [row for row in collect_rows(story) if row["gain"] >= 0.005][:3]
+    support = {row["name"]: row["support"] for row in story.classes}
+    rows = [row for row in collect_rows(story)
+            if row["gain"] >= 0.005 and support[row["name"]] >= FEW // 2][:3]  # fmt: skip
     said = []
     for row in rows:
         more = f"{row['training']:,} more pictures of" if row["training"] else "Twice as many of"

@@ -105,18 +105,20 @@ def matrix(story: Story) -> Matrix | None:
 
 
 def alike(table: np.ndarray, most: int = GROUPS) -> list[list[int]]:
-    """At most so many groups of classes that are taken for each other, the largest first.
+    """So many groups of classes (or K) that are taken for each other, the largest first.
 
-    table: counts (K, K), K > 1. Average linkage over how often two classes are confused.
+    table: counts (K, K), K > 1. Ward's linkage over how often two classes are confused, which keeps
+    groups of a size where most classes are never confused.
     """
-    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.cluster.hierarchy import cut_tree, linkage
     from scipy.spatial.distance import squareform
 
     share = table / np.maximum(1, table.sum(axis=1, keepdims=True))
     both = (share + share.T) / 2
     apart = 1 - both / max(float((both - np.diag(np.diag(both))).max()), 1e-9)
     np.fill_diagonal(apart, 0)
-    group = fcluster(linkage(squareform(apart, checks=False), "average"), most, "maxclust")
+    tree = linkage(squareform(apart, checks=False), "ward")
+    group = cut_tree(tree, n_clusters=min(most, len(table)))[:, 0]
     found = [np.flatnonzero(group == one).tolist() for one in np.unique(group)]
     return sorted(found, key=lambda one: (-len(one), one))
 
