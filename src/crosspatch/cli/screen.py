@@ -167,6 +167,7 @@ class Screen:
             self.line("there are too few pictures to test the model", "bold")
         else:
             self.score({"val": "validation"}.get(name, name), summary[name])
+            self.over_baseline(summary[name], name, summary.get("baseline"))
             self.groups(summary[name])
             self.worst_classes(summary[name])
             if "confusion" in summary[name]:
@@ -204,6 +205,20 @@ class Screen:
         self.line(
             f"  log-likelihood {words.number(-metrics['nll'])} per picture, "
             f"calibration error {words.percent(metrics['ece'])}"
+        )
+
+    def over_baseline(
+        self, metrics: dict[str, Any], split: str, baseline: dict[str, Any] | None
+    ) -> None:
+        """By how much the network is better than what needs none (`training.baseline`)."""
+        known = ((baseline or {}).get("linear_probe") or {}).get(split) or {}
+        key = "map" if "map" in metrics else "accuracy"
+        if baseline is None or known.get(key) is None or metrics[key] is None:
+            return
+        points = 100 * (metrics[key] - known[key])
+        self.line(
+            f"  {points:+.1f} points over the baseline, {words.percent(known[key])} by a linear "
+            f"layer on {baseline['features']}"
         )
 
     def heads(self, metrics: dict[str, Any]) -> None:
@@ -325,6 +340,8 @@ def _plan_rows(info: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "model", _model_text(info)
     if "epochs" in info:
         yield "training", _training_text(info)
+    if info.get("baseline"):
+        yield "baseline", baseline_text(info["baseline"])
     for place, reason in enumerate(info.get("reasons") or []):
         yield "why" if not place else "", reason
     estimate = info.get("estimate")
@@ -335,6 +352,22 @@ def _plan_rows(info: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "resumed", f"from step {info['resumed_step']:,}"
     if "out" in info:
         yield "run folder", str(info["out"])
+
+
+def baseline_text(baseline: dict[str, Any]) -> str:
+    """What needs no network reaches, in a sentence (see `training.baseline`)."""
+    probe, near = (baseline.get(kind) or {} for kind in ("linear_probe", "nearest_class_mean"))
+    split = "val" if "val" in probe else "test"
+    found, means = probe.get(split) or {}, near.get(split) or {}
+    key, name = ("map", "mAP ") if "map" in found else ("accuracy", "")
+    if found.get(key) is None:
+        return "none: there are too few pictures"
+    of = {"val": "validation"}.get(split, split)
+    also = f", nearest class mean {words.percent(means[key])}" if key in means else ""
+    return (
+        f"{name}{words.percent(found[key])} of {of} by a linear layer on "
+        f"{baseline['features']}{also}; took {words.duration(baseline['seconds'])}"
+    )
 
 
 def _labels_text(labels: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from crosspatch.data.decode import UnreadableImage
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.deploy.bundle import read_bundle
 from crosspatch.deploy.loading import run_of
 from crosspatch.deploy.predictor import Picture, Predictor
 from crosspatch.deploy.torch_engine import TorchEngine
 from crosspatch.errors import UsageError
-from crosspatch.training.image_features import random_features
+from crosspatch.training.image_features import learn_patches, patch_features, random_features
 from crosspatch.training.package import Trained, load_model
 from crosspatch.training.probe import features_of
 
@@ -24,6 +26,7 @@ Progress = Callable[[int, int], None]
 PLAIN = "random convolutions"
 """The name of the features of no network."""
 SIDE = 32  # pixels, to which pictures are brought for those
+PATCHES, SEEDS = 256, 512  # whitened patches, and the pictures they are cut from
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,45 @@ class _Plain(TorchEngine):
     def run(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, 3) -> features (B, D) float32."""
         return random_features(self._inputs(images).cpu()).numpy()
+
+
+class _Patches(TorchEngine):
+    """The same of whitened patches."""
+
+    def __init__(self, filters: torch.Tensor) -> None:
+        super().__init__(_nothing(), device="cpu")
+        self.filters = filters
+
+    @torch.inference_mode()
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, 3) -> features (B, D) float32."""
+        return patch_features(self._inputs(images), self.filters, mirror=True).numpy()
+
+    def learn(self, images: np.ndarray) -> None:
+        """Cut other filters from uint8 pictures (B, H, W, 3)."""
+        self.filters = learn_patches(self._inputs(images), PATCHES)
+
+
+def patches_of(pictures: Sequence[Picture]) -> Embedder:
+    """An embedder for these very pictures, which no network is needed for: means of the responses
+    to whitened patches of some of them (`training.image_features.patch_features`).
+
+    Raises UsageError where not one of those can be read.
+    """
+    engine = _Patches(torch.zeros(PATCHES, 3, 6, 6))
+    reader = Predictor(engine, ("",), Preprocess.for_pictures(SIDE, "squash"))
+    seen = []
+    for picture in pictures[:: -(-len(pictures) // SEEDS) or 1]:
+        with contextlib.suppress(UnreadableImage):
+            seen.append(reader.pixels(picture))
+    if not seen:
+        raise UsageError("no picture that can be read", "pictures", "look at the files")
+    engine.learn(np.stack(seen))
+    return _made(engine, "whitened patches", reader.preprocess)
+
+
+def _nothing() -> Trained:
+    return Trained(torch.nn.Identity(), (), Preprocess.for_pictures(SIDE, "squash"), 1.0, 0)
 
 
 def embedder(run: str | Path | None) -> Embedder:

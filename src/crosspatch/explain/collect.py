@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from crosspatch.metrics.balanced_ridge import balanced_answers
 from crosspatch.metrics.learning_curve import fit, shrunk
-from crosspatch.metrics.ridge import ridge_answers
 
 SIDE, CELLS, ANGLES = 32, 4, 8
 """Of the features: pixels of a picture, cells along a side, directions of gradients."""
@@ -103,6 +103,6 @@ def _wrong(
             rank[mine] = np.arange(len(mine))
         counts = np.bincount(labels, minlength=classes)
         kept = rank < np.ceil(share * counts[labels])
-        answers = ridge_answers(features[kept], labels[kept], test[0], classes)
+        answers = balanced_answers(features[kept], labels[kept], test[0], classes)
         found += np.bincount(test[1][answers != test[1]], minlength=classes)
     return found / draws

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-SCORES = ("margin", "self", "confident")
+SCORES = ("self", "margin", "confident")
+FLOOR = 1e-6  # of a probability, in a logarithm
 
 
 class Suspects(NamedTuple):
@@ -30,7 +31,7 @@ class Suspects(NamedTuple):
     scores: np.ndarray
 
 
-def scores(probs: np.ndarray, labels: np.ndarray, how: str = "margin") -> np.ndarray:
+def scores(probs: np.ndarray, labels: np.ndarray, how: str = "self") -> np.ndarray:
     """The suspicion of every label, (N,) float64; `how`: one of SCORES. Raises ValueError for
     another word, and for probabilities and labels that do not fit each other."""
     probs = np.asarray(probs, np.float64)
@@ -56,6 +57,13 @@ def thresholds(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
 
 
+def pooled(*probs: np.ndarray) -> np.ndarray:
+    """One opinion of several, each (N, K): their geometric mean, made to sum to 1. Float64."""
+    logs = np.mean([np.log(np.maximum(one, FLOOR)) for one in probs], axis=0, dtype=np.float64)
+    raised = np.exp(logs - logs.max(axis=1, keepdims=True))
+    return raised / raised.sum(axis=1, keepdims=True)
+
+
 def suggested(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The most probable other class of each picture, (N,) int64. Raises ValueError for K < 2."""
     _check(probs, labels)
@@ -64,7 +72,7 @@ def suggested(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return _others(probs, labels).argmax(axis=1)
 
 
-def suspects(probs: np.ndarray, labels: np.ndarray, how: str = "margin") -> Suspects:
+def suspects(probs: np.ndarray, labels: np.ndarray, how: str = "self") -> Suspects:
     """The pictures to which another class is more probable than their own, the most suspicious
     first by the score `how` (of two alike, the earlier one). Raises ValueError as `scores` does."""
     found = scores(probs, labels, how)

@@ -4,8 +4,12 @@
 "Revisiting pre-trained remote sensing model benchmarks: resizing and normalization matters", Corley
 et al., arXiv 2305.13456, section 3.3: image statistics; random convolutional features (MOSAIKS,
 Rolf et al., arXiv 2010.08168); and those whose filters are whitened patches of the pictures (ZCA).
-Departure: N filters give 2N features, as in the paper; N is smaller by default, and filters are
-drawn by numpy, so that they are the same on every machine.
+Departure: there are fewer filters by default, and numpy draws them, so that they are the same on
+every machine.
+
+`patch_features` are the last kind made stronger, as in "An Analysis of Single-Layer Networks in
+Unsupervised Feature Learning", Coates, Ng, Lee, 2011: patches of 6x6, each picture brought to the
+same contrast, means over the four quarters.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from torch import Tensor
 FILTERS = 128  # each gives two features
 KERNEL = 3  # pixels
 BIAS = -1.0
+PATCH = 6  # pixels of the patches of `patch_features`
+PLAIN = 0.4  # is added to a picture's deviation, so that a plain one is not all noise
 RIDGE = 1e-3  # added to the variances when patches are whitened
-AT_ONCE = 1 << 24  # numbers in the maps of a batch
+AT_ONCE = 1 << 19  # numbers in the maps of a batch: larger ones fall out of the cache, 4 x slower
 
 
 def image_statistics(pictures: Tensor) -> Tensor:
@@ -36,18 +42,20 @@ def random_filters(count: int = FILTERS, channels: int = 3, seed: int = 0) -> Te
     return torch.from_numpy(drawn.astype(np.float32))
 
 
-def patch_filters(pictures: Tensor, count: int = FILTERS, seed: int = 0) -> Tensor:
-    """(count, C, 3, 3): random patches of pictures (B, C, H, W), whitened (`whiten`).
+def patch_filters(
+    pictures: Tensor, count: int = FILTERS, seed: int = 0, kernel: int = KERNEL
+) -> Tensor:
+    """(count, C, kernel, kernel): random patches of pictures (B, C, H, W), whitened (`whiten`).
 
     Raises ValueError for pictures smaller than a patch, or none.
     """
     number, _, height, width = pictures.shape
-    if not number or min(height, width) < KERNEL:
-        raise ValueError(f"patches of {KERNEL} pixels from pictures {tuple(pictures.shape)}")
+    if not number or min(height, width) < kernel:
+        raise ValueError(f"patches of {kernel} pixels from pictures {tuple(pictures.shape)}")
     places = np.random.default_rng(seed).integers(
-        0, (number, height - KERNEL + 1, width - KERNEL + 1), (count, 3)
+        0, (number, height - kernel + 1, width - kernel + 1), (count, 3)
     )
-    cut = [pictures[n, :, y : y + KERNEL, x : x + KERNEL] for n, y, x in places.tolist()]
+    cut = [pictures[n, :, y : y + kernel, x : x + kernel] for n, y, x in places.tolist()]
     return whiten(torch.stack(cut))
 
 
@@ -72,14 +80,50 @@ def random_features(pictures: Tensor, filters: Tensor | None = None) -> Tensor:
     """
     pictures = pictures.float()
     filters = random_filters(channels=pictures.shape[1]) if filters is None else filters
-    height, width = (max(KERNEL, side) for side in pictures.shape[2:])
-    if (height, width) != tuple(pictures.shape[2:]):
-        pictures = F.interpolate(pictures, (height, width))
+    return _responses(_at_least(pictures, KERNEL), filters, 1)
+
+
+def learn_patches(pictures: Tensor, count: int = FILTERS, seed: int = 0) -> Tensor:
+    """Filters (count, C, 6, 6) for `patch_features`, cut from normalised pictures (B, C, H, W):
+    whitened patches whose responses to those pictures have deviation 1."""
+    seen = _contrasted(_at_least(pictures, PATCH + 2))
+    filters = patch_filters(seen, count, seed, PATCH)
+    spread = F.conv2d(seen[: max(1, AT_ONCE // filters[0].numel() // 100)], filters).std((0, 2, 3))
+    return filters / torch.where(spread > 1e-6, spread, torch.ones_like(spread)).view(-1, 1, 1, 1)
+
+
+def patch_features(pictures: Tensor, filters: Tensor, *, mirror: bool = False) -> Tensor:
+    """Normalised pictures (B, C, H, W) -> (B, 8N) float32: the means over each quarter of the
+    picture of relu(z) and of relu(-z), z = pictures * filters - 1, filters of `learn_patches`.
+
+    mirror: the mean of these for a picture and its mirror image, at twice the cost.
+    """
+    seen = _contrasted(_at_least(pictures, PATCH + 2))
+    found = _responses(seen, filters, 2)
+    return (found + _responses(seen.flip(3), filters, 2)) / 2 if mirror else found
+
+
+def _at_least(pictures: Tensor, side: int) -> Tensor:
+    """The pictures, enlarged where they are smaller than `side`."""
+    height, width = (max(side, own) for own in pictures.shape[2:])
+    same = (height, width) == tuple(pictures.shape[2:])
+    return pictures.float() if same else F.interpolate(pictures.float(), (height, width))
+
+
+def _contrasted(pictures: Tensor) -> Tensor:
+    """Each picture less its mean, divided by its deviation."""
+    mean = pictures.mean((1, 2, 3), keepdim=True)
+    return (pictures - mean) / (pictures.std((1, 2, 3), keepdim=True) + PLAIN)
+
+
+def _responses(pictures: Tensor, filters: Tensor, grid: int) -> Tensor:
+    """(B, 2 N grid^2): means over `grid` x `grid` parts of relu(z), then of relu(-z)."""
     bias = pictures.new_full((len(filters),), BIAS)
-    step = max(1, AT_ONCE // (len(filters) * height * width))
-    found = [pictures.new_zeros(0, 2 * len(filters))]
-    for part in pictures.split(step):
+    height, width = pictures.shape[2:]
+    found = [pictures.new_zeros(0, 2 * len(filters) * grid**2)]
+    for part in pictures.split(max(1, AT_ONCE // (len(filters) * height * width))):
         maps = F.conv2d(part, filters, bias)
-        up, mean = maps.relu().mean((2, 3)), maps.mean((2, 3))
-        found.append(torch.cat([up, up - mean], dim=1))  # relu(-z) = relu(z) - z
+        mean = F.adaptive_avg_pool2d(maps, grid)
+        up = F.adaptive_avg_pool2d(maps.relu_(), grid)
+        found.append(torch.cat([up, up - mean], dim=1).flatten(1))  # relu(-z) = relu(z) - z
     return torch.cat(found)

@@ -56,6 +56,7 @@ def finish(
         "val": figures["val"],
         "test": figures["test"],
         "calibration": figures["calibration"],
+        "baseline": config.get("baseline"),
         "seconds": outcome.seconds,
     }
     if not team.first():

@@ -280,6 +280,21 @@ def load_model(run: str | Path) -> Trained:
     )
 
 
+def load_untrained(run: str | Path, seed: int = 0) -> Trained:
+    """The same network with weights as they are before any training: a control. The draws of the
+    process are left as they were. Raises DataError for a damaged config.json."""
+    import torch
+
+    folder = model_folder(run)
+    config = read_config(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = _create(config["architecture"], config["model_args"])
+        _replay(module, config["transforms"], folder / CONFIG)
+    classes, seen = tuple(config["class_names"]), Preprocess.from_dict(config["preprocessing"])
+    return Trained(module.eval(), classes, seen, 1.0, 0, *_task(config, folder / CONFIG))
+
+
 def _replay(module: nn.Module, transforms: list[Any], path: Path) -> None:
     """Do to `module` what `path`, its config.json, lists. Raises DataError naming that file."""
     from crosspatch.tokens.reduce import replay

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -77,6 +77,16 @@ def open_source(spec: str | Path, **reading: Any) -> Source:
     key = (str(spec), repr(sorted(reading.items())))
     if key not in kept:
         kept[key] = opening.open_source(spec, **reading)
+    return kept[key]
+
+
+def once(key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` makes, once for the same key inside of `sharing`."""
+    kept = _SHARED.get()
+    if kept is None:
+        return make()
+    if key not in kept:
+        kept[key] = make()
     return kept[key]
 
 

@@ -49,7 +49,8 @@ def train_run(
     (`training.resuming`). Validation chooses the weights; test is touched once, at the
     end. Summary: run, out, data, model, reduce, objective, parameters, size, classes, images,
     skipped, split, epochs, steps, best (row of metrics.csv), val and test (figures of the task,
-    None without pictures), calibration (temperature, images it was fitted on), seconds, files.
+    None without pictures), calibration (temperature, images it was fitted on), baseline (see
+    `training.baseline`; None for a run that was begun without), seconds, files.
     Where several processes were launched, each calls this; the first one writes, the others work.
     Raises UsageError, DataError, Interrupted (exit codes 2, 3, 4).
     """
@@ -211,6 +212,7 @@ def _announce(
             "lr": recipe.lr,
             "precision": recipe.precision,
             "device": recipe.device,
+            "baseline": config.get("baseline"),
             "reasons": config["why"]["reasons"],
             "estimate": {"low": estimate, "high": estimate * SLOWER},
         }

@@ -20,6 +20,7 @@ from crosspatch.training import machine as machines
 from crosspatch.training import plan as plans
 from crosspatch.training import team
 from crosspatch.training.balance import resolve_balance
+from crosspatch.training.baseline import to_beat
 from crosspatch.training.measure import resolve_products, settle_length
 from crosspatch.training.objective import rehearse
 from crosspatch.training.pictures import Pictures, read_pictures
@@ -56,6 +57,8 @@ def start_run(
     course.asked = {"data": str(spec), "reading": reading, "asked": given}
     given, machine = with_defaults(source, given), machines.look()
     recipe, pictures, reasons = planned(source, given, machine, reporter, course)
+    own = team.first()
+    baseline = team.share(to_beat(recipe, pictures, reporter.progress) if own else None)
     recipe, estimate = settle_length(recipe, pictures, given, reasons, course.began)
     recipe = Recipe.from_dict(team.share(recipe.to_dict()))
     if not recipe.penalties:
@@ -75,6 +78,7 @@ def start_run(
         "machine": machine.to_dict(),
         "versions": versions_of(recipe),
         "recipe": recipe.to_dict(),
+        **({"baseline": baseline} if baseline else {}),
     }
     if team.first():
         run.write_classes(source.classes)
