@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear classifier in one solve for which classes count alike: ridge regression of one-hot labels
-(Hoerl and Kennard 1970), each picture weighted by how few there are of its class."""
+"""A linear classifier in one solve, for which classes count alike: ridge regression of one-hot
+labels (Hoerl and Kennard 1970), each picture weighted by how few there are of its class."""
 
 from __future__ import annotations
 

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from crosspatch.data.opening import open_source
 from crosspatch.data.sources import Source
+from crosspatch.deploy.predictor import Predictor
+from crosspatch.deploy.torch_engine import TorchEngine
 from crosspatch.errors import CrosspatchError, DataError
-from crosspatch.explain.evidence import gather
+from crosspatch.explain.evidence import gather, worst
 from crosspatch.report import curves, plain, tables
 from crosspatch.report.mistakes import (
     LABELS,
@@ -29,9 +35,11 @@ from crosspatch.report.mistakes import (
 )
 from crosspatch.report.page import between, percent, render, size, write_page
 from crosspatch.report.story import Story, baseline_score, named, read_rows
+from crosspatch.training.package import load_model
 from crosspatch.training.run import RunFolder
 
 PAGE = "report.html"
+EXPLAINED = 3  # mistakes of which it is shown what decided them
 Progress = Callable[[str, int, int], None]
 
 
@@ -66,8 +74,25 @@ def write_report(run_folder: str | Path, *, progress: Progress | None = None) ->
     story = Story(str(report["data"]), judged, report[judged], mine, others, report, source,
                   remarks)  # fmt: skip
     path = run.path / PAGE
-    write_page(path, page(story, doubted, LABELS if doubted else ""))
+    looks = _explained(run.path, story)
+    write_page(path, page(story, doubted, LABELS if doubted else "", looks))
     return path
+
+
+def _explained(run: Path, story: Story) -> Markup:
+    """What decided some of the worst mistakes; empty where the network cannot be taken apart."""
+    if story.source is None:
+        return Markup("")
+    try:
+        section = import_module("crosspatch.report.explained").section
+        trained = load_model(run)
+        predictor = Predictor(TorchEngine(trained), trained.classes, trained.preprocess)
+        place = {item.key: index for index, item in enumerate(story.source.items)}
+        keys = [row["path"] for row in worst(story.rows, EXPLAINED) if row["path"] in place]
+        pixels = [predictor.pixels(partial(story.source.read, place[key])) for key in keys]
+        return section(trained, pixels, [named(key, 60) for key in keys])
+    except Exception:  # a piece of the page, which is whole without it
+        return Markup("")
 
 
 def judged_page(
@@ -128,9 +153,14 @@ def _source(report: dict[str, Any]) -> tuple[Source | None, tuple[str, ...]]:
     return source, ()
 
 
-def page(story: Story, doubted: list[dict[str, str]], labels: str = "") -> str:
+def page(
+    story: Story,
+    doubted: list[dict[str, str]],
+    labels: str = "",
+    explained: Markup | str = "",
+) -> str:
     """The page of a story. doubted: rows of `mistakes.suspected`; labels: the file they are in,
-    as it is linked, "" without one."""
+    as it is linked, "" without one; explained: a piece about what decided single answers."""
     pictures = Pictures(story.source)
     figure, low, high = story.score
     shown = [
@@ -164,6 +194,7 @@ def page(story: Story, doubted: list[dict[str, str]], labels: str = "") -> str:
         abstain=curves.abstain_figure(story),
         thresholds=tables.threshold_table(story),
         mistakes=mistakes(story, pictures),
+        explained=explained,
         gallery=evidence.get("neighbours"),
         doubted=len(doubted),
         labels=labels,
