@@ -11,10 +11,22 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from crosspatch.cli.screen import EPOCH_HEAD, Screen, confused_pairs, epoch_line, print_json
+from crosspatch.cli.screen import (
+    EPOCH_HEAD,
+    Screen,
+    baseline_text,
+    confused_pairs,
+    epoch_line,
+    print_json,
+)
 from crosspatch.tasks.classify import Classify
 
 CLASSES = ("maple", "oak", "birch", "a class whose name is far too long for any table")
+BASELINE = {
+    "features": "whitened patches", "seconds": 1.2,
+    "linear_probe": {"val": {"accuracy": 0.5}, "test": {"accuracy": 0.6}},
+    "nearest_class_mean": {"val": {"accuracy": 0.25}},
+}  # fmt: skip
 PLAN = {
     "data": "leaves",
     "images": 1797,
@@ -37,6 +49,7 @@ PLAN = {
     "precision": "fp32",
     "device": "cpu",
     "estimate": {"low": 60, "high": 75},
+    "baseline": BASELINE,
     "out": "runs/leaves-1",
 }  # fmt: skip
 ROW = {
@@ -58,6 +71,7 @@ def figures() -> dict[str, Any]:
 def summary() -> dict[str, Any]:
     return {
         "test": figures(), "out": "runs/leaves-1", "data": "my leaves", "seconds": 123.0,
+        "baseline": BASELINE,
         "files": {"model/model.safetensors": 4_100_000, "report.json": 8_400},
     }  # fmt: skip
 
@@ -86,6 +100,18 @@ def test_the_first_screen_says_everything_before_the_first_epoch() -> None:
         "runs/leaves-1", "maple/1.jpg: cut short", "and 7 more, listed in skipped.csv",
     ):  # fmt: skip
         assert part in first
+
+
+def test_the_baseline_stands_on_the_first_screen_and_on_the_last() -> None:
+    first, last = shown().split(EPOCH_HEAD)
+    first = " ".join(first.split())
+    assert "baseline 50.0 % of validation by a linear layer on whitened patches" in first
+    assert "nearest class mean 25.0 %; took 1 s" in first
+    line = "+27.5 points over the baseline, 60.0 % by a linear layer on whitened patches"
+    assert line in last
+    assert baseline_text({"linear_probe": {}, "seconds": 0}) == "none: there are too few pictures"
+    several = {**BASELINE, "linear_probe": {"test": {"map": 0.4}}, "nearest_class_mean": {}}
+    assert baseline_text(several).startswith("mAP 40.0 % of test by a linear layer")
 
 
 def test_in_a_pipe_there_are_plain_lines_one_per_epoch_within_80_columns() -> None:

@@ -76,7 +76,9 @@ def test_several_labels_have_a_mean_average_precision():
 
 def test_how_many_pictures_follows_from_the_settings():
     def most(count, cached=True, **settings):
-        recipe = SimpleNamespace(**{"epochs": 10, "time_budget": None, **settings})
+        recipe = SimpleNamespace(
+            **{"epochs": 10, "time_budget": None, "store": (32, 32), **settings}
+        )
         images = SimpleNamespace(cached=cached)
         given = SimpleNamespace(
             split=SimpleNamespace(train=range(count)), prepared=SimpleNamespace(images=images)
@@ -88,6 +90,7 @@ def test_how_many_pictures_follows_from_the_settings():
     assert most(5000, epochs=2) == 1000
     assert most(5000, epochs=1, time_budget=30.0) == 1200
     assert most(10**6) == baseline.MOST
+    assert most(10**6, store=(256, 256)) == baseline.MOST // 4
     assert most(10**6, cached=False) == baseline.DECODED
 
 

@@ -61,7 +61,7 @@ def test_a_whole_training(opened, tmp_path):
     assert summary["steps"] == 3 * (summary["split"]["train"] // 8)
     assert told.info["classes"] == ["row0", "row1", "row2"]
     assert told.info["estimate"]["low"] <= told.info["estimate"]["high"]
-    assert told.bars == {"reading pictures", "validating", "testing"}
+    assert told.bars == {"reading pictures", "baseline", "validating", "testing"}
     kinds = {"config.toml", "classes.txt", "split.csv", "skipped.csv", "metrics.csv"}
     kinds |= {"predictions.csv", "report.json", "model/", "last/"}
     assert set(summary["files"]) == kinds

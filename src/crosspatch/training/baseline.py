@@ -10,6 +10,7 @@ and all draws are numpy's own, so that a run is the same with it and without.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from crosspatch.training.recipe import Recipe
 
 MOST, LEAST = 8000, 500
 """Training pictures that are looked at; at most half as many of val, and of test."""
+LARGE = 128  # pixels: of larger pictures, which take longer, there are fewer
 DECODED = 1000  # the most where pictures are not held in memory
 PASSES = 10  # one picture for so many that the training sees: about 3 % of its time
 PER_SECOND = 40  # pictures for a second of a time budget
@@ -106,7 +108,8 @@ def most_pictures(recipe: Recipe, pictures: Pictures) -> int:
         wanted = round(recipe.time_budget * PER_SECOND)
     else:
         wanted = recipe.epochs * count // PASSES
-    most = MOST if pictures.prepared.images.cached else DECODED
+    large = max(1, math.prod(recipe.store) // LARGE**2)
+    most = MOST // large if pictures.prepared.images.cached else min(DECODED, MOST // large)
     return min(count, most, max(LEAST, wanted))
 
 
