@@ -18,7 +18,9 @@ NAMES = ("base", "<script>alert(1)</script>", "worse")
 
 def compared(out: Path, count: int = 3) -> Compared:
     rng, rows = np.random.default_rng(0), []
-    candidates = tuple(Candidate(name, name, f"c{place}", {}) for place, name in enumerate(NAMES[:count]))
+    candidates = tuple(
+        Candidate(name, name, f"c{place}", {}) for place, name in enumerate(NAMES[:count])
+    )
     for place, candidate in enumerate(candidates):
         report = {"history": [{"step": s, "elapsed": 1.0 * s, "val_accuracy": 0.1 * s}
                               for s in (1, 2, 3)]}  # fmt: skip
