@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from crosspatch.cli import words
+from crosspatch.cli import pages, words
 from crosspatch.cli.options import (
     DATA,
     MULTI,
@@ -114,6 +114,10 @@ def compare(
         with resumable(again, out, PLAN):
             found = compare(data, out, asked, Whole(screen), tried.resume)
         _print(screen, found)
+
+        from crosspatch.report.comparison import write_comparison
+
+        pages.told(screen, out, lambda: write_comparison(found), again)
     if output.json:
         print_json({"out": str(out), "plan": found.plan.to_dict(), **found.results()})
     return 0

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -38,6 +37,7 @@ def evaluate(
         int | tuple[int, int] | None, Parameter(converter=side, n_tokens=1, metavar="N|HxW")
     ] = None,
     csv: Annotated[Path | None, Parameter(metavar="FILE")] = None,
+    report: Annotated[Path | None, Parameter(metavar="FILE.html")] = None,
     multi_label: Annotated[bool, Parameter(help=f"{MULTI} A run of such labels knows it.")] = False,
     columns: Columns | None = None,
     output: Output | None = None,
@@ -53,6 +53,8 @@ def evaluate(
         Show a run pictures of another size than its own, where its network takes several.
     csv
         Write one row per picture to this table.
+    report
+        Write a page for people to this file: what the model can and cannot do on these pictures.
     """
     output = output or Output()
     from crosspatch.cli.screen import Screen, print_json
@@ -60,6 +62,7 @@ def evaluate(
 
     existing_model(run)
     check_target(csv)
+    check_target(report, "--report")
     with Screen(stderr=output.json) as screen:
         reading = typed(columns or Columns())
         shape = (size, size) if isinstance(size, int) else size
@@ -67,9 +70,14 @@ def evaluate(
         found = _measure(screen, predictor, run, data, split, topk, reading, multi_label)
         if csv is not None:
             write_table(csv, found.rows)
+        if report is not None:
+            _write_page(report, run, data, found)
         if not output.json:
             title = f"{run} on {data}: {found.why}"
             _print(screen, title, found.split, found.metrics, found.skipped)
+            if report is not None:
+                screen.line()
+                screen.line(f"to read what it came to, open {report}")
     if output.json:
         skipped = [{"path": path, "reason": reason} for path, reason in found.skipped]
         head = {"run": str(run), "engine": found.engine, "data": data, "split": found.split}
@@ -80,15 +88,17 @@ def evaluate(
 
 class _Found(NamedTuple):
     """What was measured: on which split and why, by what, its figures, predictions and unread
-    files."""
+    files, how sure it was, and the pictures."""
 
     split: str
     why: str
     engine: dict[str, Any]
     reduction: str
     metrics: dict[str, Any]
-    rows: Iterator[dict[str, Any]]
+    rows: list[dict[str, Any]]
     skipped: list[tuple[str, str]]
+    reliability: list[dict[str, Any]]
+    source: Source
 
 
 def _measure(
@@ -103,6 +113,7 @@ def _measure(
 ) -> _Found:
     from crosspatch.data.sources import match_classes
     from crosspatch.metrics.classification import topk as share_in_topk
+    from crosspatch.metrics.reliability import of_answers
     from crosspatch.metrics.tails import with_groups
     from crosspatch.tasks import make_task
     from crosspatch.training.package import class_counts
@@ -131,11 +142,25 @@ def _measure(
         metrics["topk"] = {"k": k, "accuracy": share_in_topk(answers.probs, truth, k)}
     metrics = with_groups(metrics, class_counts(_folder(run)))
     read = [keys[place] for place in answers.ok]
-    rows = task.predictions(read, truth, answers.probs, name)
+    rows = list(task.predictions(read, truth, answers.probs, name))
     skipped = [(one.path, one.reason) for one in source.skipped]
     skipped += [(keys[one.index], one.reason) for one in answers.failures]
     how = (predictor.engine.setting._asdict(), predictor.reduction)
-    return _Found(name, why, *how, metrics, rows, skipped)
+    sure = of_answers(answers.probs, truth)
+    return _Found(name, why, *how, metrics, rows, skipped, sure, source)
+
+
+def _write_page(path: Path, run: Path, data: str, found: _Found) -> None:
+    """The page of what was measured. Raises UsageError where it cannot be written."""
+    from crosspatch.report.page import write_page
+    from crosspatch.report.run import judged_page
+
+    skipped = len(found.skipped)
+    told = [f"Judged by {run}: {found.why}."]
+    told += [f"{skipped:,} files were left out."] if skipped else []
+    metrics = {**found.metrics, "reliability": {"after": found.reliability}}
+    page = judged_page(_folder(run), data, found.split, metrics, found.rows, found.source, told)
+    write_page(path, page)
 
 
 def _opened(run: Path, data: str, reading: dict[str, Any], several: bool) -> Source:

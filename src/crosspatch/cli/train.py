@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from crosspatch.cli import words
+from crosspatch.cli import pages, words
 from crosspatch.cli.options import (
     DATA,
     MULTI,
@@ -31,6 +31,9 @@ from crosspatch.cli.options import (
 from crosspatch.errors import Interrupted, UsageError
 from crosspatch.training import launch
 from crosspatch.training.signals import handled
+
+if TYPE_CHECKING:
+    from crosspatch.cli.screen import Screen
 
 _ENDINGS = r"\.(zip|tar|tgz|txz|tbz2?|tar\.\w+|csv|tsv|jsonl?|parquet)$"
 _FOLDER = Group("The run folder", sort_key=10)
@@ -218,10 +221,24 @@ def train(
             from crosspatch.cli.card import renew
             from crosspatch.report.shipped import note_machine
 
+            summary["report"] = _page(screen, out, data)
             summary["card"] = renew(screen, out, lambda: note_machine(out))
     if output.json and launch.rank() == 0:
         print_json(summary)
     return 0
+
+
+def _page(screen: Screen, out: Path, data: str) -> str | None:
+    """The path of report.html, written now; None where it cannot be."""
+
+    def write() -> Path:
+        from crosspatch.report.run import write_report
+
+        return write_report(out, progress=screen.progress)
+
+    page = out / "report.html"
+    again = words.command("crosspatch", "eval", out, data, "--report", page)
+    return pages.told(screen, out, write, again)
 
 
 def _begun_with(out: Path, resume: bool) -> int:

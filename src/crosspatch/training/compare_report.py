@@ -98,27 +98,28 @@ def page(found: Compared) -> str:
         "",
         "## How it was measured",
         "",
-        *(f"- {text}" for text in _how(found)),
+        *(f"- {text}" for text in how_measured(found)),
         "",
         "```",
-        _command(plan.command),
+        typed(plan.command),
         "```",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _command(typed: str) -> str:
+def typed(command: str) -> str:
     """The command as it is typed, whatever path its program was started by."""
     try:
-        words = shlex.split(typed)
+        words = shlex.split(command)
     except ValueError:
-        return typed
+        return command
     if words and words[0].endswith(("__main__.py", "crosspatch")):
         return shlex.join(["crosspatch", *words[1:]])
-    return typed
+    return command
 
 
-def _how(found: Compared) -> Iterable[str]:
+def how_measured(found: Compared) -> Iterable[str]:
+    """Sentences on the split, the intervals, the candidates and the machine."""
     plan, split = found.plan, found.pictures
     seeds = ", ".join(map(str, found.seeds))
     yield (

@@ -11,6 +11,7 @@ import numpy as np
 
 from crosspatch.data.split import SPLITS, Split
 from crosspatch.metrics.macs import count_macs
+from crosspatch.metrics.reliability import of_answers
 from crosspatch.metrics.tails import with_groups
 from crosspatch.tasks import make_task
 from crosspatch.training import team
@@ -108,6 +109,9 @@ def _judge(
         probs = task.calibrated(raw, temperature)
         figures[name] = with_groups(task.metrics(probs, labels), recipe.class_counts)
         figures[name]["uncalibrated"] = task.likelihood(raw, labels)
+        figures[name]["reliability"] = {
+            "before": of_answers(raw, labels), "after": of_answers(probs, labels)
+        }  # fmt: skip
         if heads := head_figures(model, images, recipe, task, figures[name]):
             figures[name]["heads"] = heads
         rows.extend(task.predictions(images.keys, labels, probs, name))

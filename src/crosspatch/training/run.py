@@ -23,7 +23,8 @@ METRIC_COLUMNS: tuple[str, ...] = (
 )  # fmt: skip
 OURS = (
     "config.toml", "classes.txt", "split.csv", "skipped.csv", "metrics.csv", "predictions.csv",
-    "report.json", "nan.csv", "model", "last", ".lock", "client.py",
+    "report.json", "report.html", "label_errors.csv", "nan.csv",
+    "model", "last", ".lock", "client.py",
     "teacher", "waiting.toml",
     *(f"bundle{kind}{end}"
       for kind in ("", "-int8", "-int8-static") for end in (".onnx", ".xml", ".bin", ".pt2")),

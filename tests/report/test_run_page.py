@@ -1,0 +1,208 @@
+"""The page of a run: readable whatever the classes are called, however many there are, whatever is
+missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crosspatch.errors import DataError
+from crosspatch.metrics.reliability import of_answers
+from crosspatch.metrics.tails import with_groups
+from crosspatch.report import plain, tables
+from crosspatch.report.mistakes import suspected, write_labels
+from crosspatch.report.run import page, read_report, write_report
+from crosspatch.report.story import Story, listed, named
+from crosspatch.tasks.classify import Classify
+from crosspatch.tasks.multilabel import MultiLabel
+
+HOSTILE = ["<script>alert(1)</script>", "\"'&\x1b[31m\n\udc80", "x" * 300, "$\\frac{1}{2}$"]
+
+
+def probabilities(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Answers of which three in four are right; class 0 is taken for class 1."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(count) % classes
+    logits = rng.standard_normal((count, classes))
+    logits[np.arange(count), labels] += 3 * (np.arange(count) % 4 > 0)
+    logits[labels == 0, 1] += 6
+    probs = np.exp(logits)
+    return probs / probs.sum(axis=1, keepdims=True), labels
+
+
+def story(names: list[str], count: int = 240, **changed: Any) -> Story:
+    probs, labels = probabilities(count, len(names))
+    task, counts = Classify(names), [400 // (1 + place) + 8 for place in range(len(names))]
+    metrics = with_groups(task.metrics(probs, labels), counts)
+    metrics["reliability"] = {"after": of_answers(probs, labels)}
+    rows = list(task.predictions([f"<b>/{i}\n.jpg" for i in range(count)], labels, probs, "test"))
+    change = {"accuracy": 0.3, "low": 0.2, "high": 0.4, "images": 50}
+    cost = {"change": -0.4, "change_low": -0.5, "change_high": -0.3}
+    laws = [{"name": name, "exponent": 0.3, "error": 0.05} for name in names]
+    baseline = {"test": {"accuracy": 0.4, "low": 0.3, "high": 0.5, "images": count}}
+    report = {
+        "data": "leaves", "classes": names, "model": "<i>net</i>", "seconds": 12.0,
+        "config": {"recipe": {"class_counts": counts}, "run": {"command": "train <script>"}},
+        "baseline": {"features": "<u>plain</u>", "linear_probe": baseline},
+        "evidence": {
+            "robustness": [{"name": "clean", "said": "as they are", **change},
+                           {"name": "dark", "said": "dark", **change, **cost}],
+            "learning": {"train": 90, "test": 40, "sizes": [10, 20, 40, 80],
+                         "errors": [0.5, 0.4, 0.3, 0.2], "classes": laws},
+            "latency": {"median": 0.01, "low": 0.009, "high": 0.02, "count": 20,
+                        "processor": "<cpu>"},
+            "bytes": 1000, "left_out": {"neighbours": "<reason>"}, "seconds": 1.0,
+        },
+        "history": [{"epoch": e, "train_loss": 1 / e, "val_accuracy": 0.5} for e in (1, 2, 3)],
+        "best": {"epoch": 2},
+    }  # fmt: skip
+    told = {"choosing": rows, "report": report, "remarks": ("<remark>",), **changed}
+    return Story("leaves", "test", metrics, rows, **told)
+
+
+def shown(one: Story) -> str:
+    html = page(one, suspected(one.rows), "label_errors.csv")
+    assert not re.search(r"<(script|b>/|i>|u>|cpu|reason|remark)", html)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#|label_errors\.csv)""", html)
+    assert "\x1b" not in html
+    html.encode()
+    return html
+
+
+def text_of(html: str) -> str:
+    html = re.sub(r"<(style|svg).*?</\1>", "", html, flags=re.S)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+
+
+def test_hostile_names_are_text() -> None:
+    html = shown(story(HOSTILE))
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "\\x1b[31m\\n\\udc80" in html
+    assert "x" * 60 not in html
+
+
+@pytest.mark.parametrize(("count", "whole"), [(3, True), (20, True), (21, False), (1000, False)])
+def test_few_and_many_classes(count: int, whole: bool) -> None:
+    one = story([f"kind {place}" for place in range(count)], max(240, 2 * count))
+    html = shown(one)
+    rows = html.split('class="matrix"')[1].split("</table>")[0].count('scope="row"')
+    assert rows == (count if whole else tables.GROUPS)
+    assert ("all 1000 classes" in html) == (count == 1000)
+    assert len(html) < 1_500_000
+
+
+def test_the_first_screen_says_what_it_can_and_cannot_do() -> None:
+    text = text_of(shown(story(["ash", "beech", "cedar", "date"])))
+    head = text[: text.index("Class by class")]
+    assert re.search(r"names about \d+ rightly", head)
+    assert "<u>plain</u>, which takes seconds, gets 40.0 %".replace("<u>", "&lt;u&gt;").replace(
+        "</u>", "&lt;/u&gt;") in head  # fmt: skip
+    assert "It often misses ash (found 0 of 60)" in head
+    assert "It never finds ash." in head
+    assert "It takes ash for beech" in head
+    assert "It is worse where pictures are dark (-40 points)" in head
+    assert "It knows nothing but its classes" in head
+    assert "more pictures of ash: from 0 % found to about 19 %" in head
+    assert head.index("What it can do") < head.index("What it cannot do")
+
+
+def test_a_training_that_brought_nothing_is_called_so() -> None:
+    one = story(["a", "b", "c", "d"])
+    one.report["baseline"]["linear_probe"]["test"]["accuracy"] = 0.95
+    level, said = plain.against_baseline(one) or ("", "")
+    assert level == "bad"
+    assert "not been shown" in said
+
+
+def test_a_report_without_evidence_or_run_is_a_page() -> None:
+    bare = dataclasses.replace(story(["a", "b", "c"]), report={}, choosing=())
+    text = text_of(shown(bare))
+    for part in ("Worse pictures", "Speed and size", "What to collect", "How it was made"):
+        assert part not in text
+    assert "Always naming the commonest class would be right in 33.3 %" in text
+    assert "No threshold makes it right in 80 %" in text
+
+
+def test_several_labels() -> None:
+    rng = np.random.default_rng(0)
+    probs = rng.random((60, 4))
+    labels = (probs + 0.2 * rng.standard_normal((60, 4)) > 0.5).astype(np.float32)
+    task = MultiLabel(HOSTILE)
+    metrics = task.metrics(probs, labels)
+    metrics["reliability"] = {"after": of_answers(probs, labels)}
+    rows = list(task.predictions([f"{i}.jpg" for i in range(60)], labels, probs, "test"))
+    text = text_of(shown(Story("d", "test", metrics, rows)))
+    assert "mean average precision" in text
+    assert "it got every label right on about" in text
+    assert "most labels wrong" in text
+    assert "taken for what" not in text
+
+
+def test_no_picture_of_a_class_is_no_figure() -> None:
+    probs, labels = probabilities(40, 3)
+    kept = labels < 2
+    task = Classify(["a", "b", "c"])
+    rows = list(task.predictions(["k"] * int(kept.sum()), labels[kept], probs[kept], "all"))
+    text = text_of(shown(Story("d", "all", task.metrics(probs[kept], labels[kept]), rows)))
+    assert re.search(r"c 0 – –", text)
+
+
+def test_groups_hold_every_class_once_and_those_confused_together() -> None:
+    table = np.eye(30, dtype=int) * 10
+    for place in range(0, 30, 3):  # ten threes
+        table[place, place + 1] = table[place + 1, place + 2] = 8
+    groups = tables.alike(table)
+    assert sorted(label for group in groups for label in group) == list(range(30))
+    assert {tuple(group) for group in groups} == {(i, i + 1, i + 2) for i in range(0, 30, 3)}
+
+
+def test_suspected_labels_are_sure_and_most_suspicious_first(tmp_path) -> None:
+    def row(path: str, label: str, said: str, sure: float) -> dict[str, Any]:
+        return {
+            "path": path,
+            "label": label,
+            "prediction": said,
+            "correct": int(label == said),
+            "confidence": f"{sure}",
+            "label_probability": f"{sure if label == said else 0.01}",
+        }
+
+    rows = [
+        row("1", "a", "a", 0.8),
+        row("2", "b", "b", 0.9),
+        row("=3", "b", "a", 0.85),
+        row("4", "b", "a", 0.7),
+        row("5", "a", "b", 0.95),
+        row("6", "a", "c", 0.99),
+    ]
+    found = suspected(rows)
+    assert [(one["path"], one["suggested"]) for one in found] == [("5", "b"), ("=3", "a")]
+    assert found[0]["score"] == "0.9400"
+    write_labels(tmp_path / "l.csv", found)
+    assert (tmp_path / "l.csv").read_text().splitlines() == [
+        "path,label,suggested,score", "5,a,b,0.9400", "=3,b,a,0.8400",
+    ]  # fmt: skip
+    assert suspected([]) == []
+
+
+def test_names() -> None:
+    assert named("a\nb") == "a\\nb"
+    assert len(named("x" * 99)) == 40
+    assert listed(["a", "b", "c"], 2) == "a, b and 1 more"
+
+
+def test_a_run_that_cannot_be_read(tmp_path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        write_report(tmp_path)
+    (tmp_path / "report.json").write_text("[]")
+    with pytest.raises(DataError, match="not the report of a run"):
+        read_report(tmp_path)
+    empty = {"data": "x", "classes": [], "config": {}, "test": None, "val": None}
+    (tmp_path / "report.json").write_text(json.dumps(empty))
+    with pytest.raises(DataError, match="judged on no picture"):
+        write_report(tmp_path)
