@@ -34,7 +34,7 @@ CHECKS = {
     "mislabels": "likely wrong labels",
     "resizing": "how a model's resizing and normalisation suit the pictures",
 }
-"""Modules of `explain` that look with a trained run: `findings(run, source, progress=…)`."""
+"""Modules of `explain` that look with a trained run: `findings(run, audit, progress)`."""
 COLOURS = {"bad": "red", "warn": "yellow", "good": "green"}
 MARKS = {"bad": "✗", "warn": "!", "good": "✓"}
 
@@ -125,16 +125,12 @@ def _with_a_run(found: Audit, run: Path | None, screen: Screen) -> None:
         if run is None:
             found.not_looked.append(f"{what.capitalize()}: give a trained run (--run RUN).")
             continue
-        try:
-            module = importlib.import_module(f"crosspatch.explain.{name}")
-        except ModuleNotFoundError:
-            found.not_looked.append(f"{what.capitalize()}: not part of this version.")
-            continue
+        module = importlib.import_module(f"crosspatch.explain.{name}")
         told: Callable[[int, int], None] = lambda done, total, what=what: screen.progress(
             what, done, total
         )
         try:
-            found.add(module.findings(run, found.source, progress=told))
+            found.add(module.findings(run, found, told))
         except CrosspatchError as problem:
             found.not_looked.append(f"{what.capitalize()}: {problem.got}.")
 

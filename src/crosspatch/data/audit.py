@@ -8,7 +8,7 @@ import csv
 import io
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from crosspatch.data.checks import (
     shape_findings,
     spectrum_findings,
 )
-from crosspatch.data.findings import Finding
+from crosspatch.data.findings import Finding, quoted
 from crosspatch.data.labels import numbers
 from crosspatch.data.leakage import (
     burst_findings,
@@ -45,14 +45,14 @@ _LISTED = ("plain", "animated", "unreadable", "sideways", "tiny", "loose")
 
 @dataclass
 class Audit:
-    """What was found. source: the pictures; findings: the worst first; classes: a row for each
-    class, {"name", "all", "unreadable", and a count for each split}; histograms: name -> {"edges",
-    "counts", "unit"}; modes, formats: how often each occurs; files: name -> text of the lists and
-    tables that the commands read, to be written beside the page; not_looked: what was not examined
-    and why."""
+    """What was found. opened: the data as they are; findings: the worst first; classes: a row for
+    each class, {"name", "all", "unreadable", and a count for each split}; histograms: name ->
+    {"edges", "counts", "unit"}; modes, formats: how often each occurs; files: name -> text of the
+    lists and tables that the commands read, to be written beside the page; not_looked: what was not
+    examined and why."""
 
     data: str
-    source: Source
+    opened: Opened
     findings: list[Finding]
     classes: list[dict[str, Any]]
     histograms: dict[str, dict[str, Any]]
@@ -65,6 +65,11 @@ class Audit:
     not_looked: list[str] = field(default_factory=list)
 
     @property
+    def source(self) -> Source:
+        """The pictures, some of which may be unreadable."""
+        return self.opened.source
+
+    @property
     def needs_a_hand(self) -> bool:
         """Whether there is a finding of level "bad"."""
         return any(one.level == "bad" for one in self.findings)
@@ -73,6 +78,16 @@ class Audit:
         """Further findings, put in their place."""
         self.findings += findings
         self.findings.sort(key=lambda one: _ORDER[one.level])
+
+    def relabel(self, labels: Mapping[int, tuple[str, float]]) -> str:
+        """The command that trains with other labels, {number of a picture: (label, how sure)}: the
+        table that it reads is among `files` then, those pictures first. Of an archive the command
+        unpacks it; "" for data without files."""
+        place = self.opened.place
+        if place.kind not in ("folder", "table"):
+            return place.unpack()
+        self.files[place.table_of("labels")] = _table(self.opened, set(), (), labels)
+        return f"crosspatch train {quoted(place.table_of('labels'))}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for JSON and for the page, without the source and the lists' texts."""
@@ -133,7 +148,7 @@ def judge(opened: Opened, looks: Sequence[Look], spec: str, began: float) -> Aud
     if opened.refusal is not None and not any(one.level == "bad" for one in findings):
         findings.append(_refused(opened))
     made = Audit(
-        spec, source, [], _class_rows(opened, looks), _histograms(looks),
+        spec, opened, [], _class_rows(opened, looks), _histograms(looks),
         _often(look.header.mode for look in looks if look.header),
         _often(look.header.format for look in looks if look.header),
         len(source), sum(look.fault is not None for look in looks), 0.0,
@@ -241,20 +256,31 @@ def _files(
     return made
 
 
-def _table(opened: Opened, without: set[str], bursts: Sequence[tuple[int, ...]]) -> str:
-    """A table that `crosspatch train` reads: path, label, split, group."""
+def _table(
+    opened: Opened,
+    without: set[str],
+    bursts: Sequence[tuple[int, ...]],
+    labels: Mapping[int, tuple[str, float]] | None = None,
+) -> str:
+    """A table that `crosspatch train` reads: path, label, split, group; with other `labels` for
+    some pictures these stand first, with the label that each has now and how sure the other is."""
     source, spec = opened.source, Path(opened.place.spec)
     root = (spec if opened.place.kind == "folder" else spec.parent).absolute()
     group = {at: f"burst {number}" for number, one in enumerate(bursts, 1) for at in one}
     given = any(item.split for item in source.items)
     head = ["path", "label", *(["split"] if given else []), *(["group"] if bursts else [])]
+    new = labels or {}
+    head += ["was", "sure"] if new else []
     held = io.StringIO()
     rows = csv.writer(held, lineterminator="\n")
     rows.writerow(head)
-    for at, item in enumerate(source.items):
+    for at in [*new, *(at for at in range(len(source)) if at not in new)]:
+        item = source.items[at]
         if opened.top + item.key in without:
             continue
-        row = [str(root / (opened.top + item.key)), source.named(item.label)]
-        row += [item.split or "train"] * given
-        rows.writerow([*row, *([group.get(at, f"alone {at}")] if bursts else [])])
+        was = source.named(item.label)
+        label, sure = new.get(at, (was, ""))
+        row = [str(root / (opened.top + item.key)), label, *[item.split or "train"] * given]
+        row += [group.get(at, f"alone {at}")] if bursts else []
+        rows.writerow([*row, *([was, sure] if new else [])])
     return held.getvalue()

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from crosspatch.data.audit import Audit
 from crosspatch.data.findings import Finding
 from crosspatch.deploy.embedding import embedder, patches_of
 from crosspatch.deploy.loading import load, run_of
@@ -89,6 +90,35 @@ def mislabels(
         probs = probs if heart else label_errors.pooled(own, probs)
     rows = _rows(probs, known[ok], classes, [paths[at] for at in ok.tolist()])
     return Mislabels(_finding(rows, len(ok), table, heart=heart), rows, probs, ok, classes)
+
+
+def findings(run: str | Path, audit: Audit, progress: Progress | None = None) -> list[Finding]:
+    """For `crosspatch audit --run`: the finding, whose command trains with the suggested labels.
+
+    Raises as `mislabels` does, and UsageError for data with several labels to a picture.
+    """
+    source = audit.source
+    if source.multi:
+        raise UsageError("pictures have several labels", "one label to a picture", "leave it out")
+    found = mislabels(
+        run,
+        [partial(source.read, at) for at in range(len(source))],
+        [item.key for item in source.items],
+        [source.named(item.label) for item in source.items],
+        progress=progress,
+    )
+    if not found.rows:
+        return [found.finding]
+    places = {item.key: at for at, item in enumerate(source.items)}
+    told = {places[row["path"]]: (row["suggested"], row["score"]) for row in found.rows}
+    command = audit.relabel(told)
+    if audit.files:
+        text = (
+            f"{found.finding.text} The command trains with the labels that seem right: they stand "
+            "first in its table; where the one in the column `was` is right, put it back before."
+        )
+        return [found.finding._replace(text=text, command=command)]
+    return [found.finding._replace(command=command)]
 
 
 def opinion(features: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

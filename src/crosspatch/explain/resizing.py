@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from crosspatch.data.audit import Audit
 from crosspatch.data.decode import UnreadableImage
-from crosspatch.data.findings import Finding
+from crosspatch.data.findings import Finding, quoted
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.deploy.embedding import of_model
 from crosspatch.deploy.predictor import Picture, Predictor
@@ -34,6 +36,7 @@ from crosspatch.training.package import Trained, load_model, load_untrained
 from crosspatch.training.sizes import at_size
 
 KIND, NEIGHBOURS, PENALTY = "resizing", 5, 0.01
+MOST = 1000  # pictures that `findings` takes
 HALF = 0.5  # of the model's size: smaller pictures are named
 APART = 1.0  # deviations, by which the data's mean may lie off the model's
 SPREAD = 2.0  # times, by which their deviations may differ
@@ -255,6 +258,32 @@ def check(
     control = load_untrained(run)
     scores = measure(load_model(run), control, pictures, labels, side=side, progress=progress)
     return conclusions(scores)
+
+
+def findings(run: str | Path, audit: Audit, progress: Progress | None = None) -> list[Finding]:
+    """For `crosspatch audit --run`: the expectations of the run's model, and what `check` says of
+    up to `MOST` pictures, drawn evenly. Raises as `check` does, and UsageError for data with
+    several labels to a picture."""
+    source = audit.source
+    if source.multi:
+        raise UsageError("pictures have several labels", "one label to a picture", "leave it out")
+    chosen = np.linspace(0, len(source) - 1, min(MOST, len(source))).round().astype(int).tolist()
+    seen, good = [], []
+    for at in chosen:
+        try:
+            seen.append(np.asarray(source.image(at)))
+        except UnreadableImage:
+            continue
+        good.append(at)
+    if not seen:
+        raise UsageError("no picture can be read", "pictures that can be read", "mend them first")
+    sight = look(seen)
+    told = expectations(load_model(run).preprocess, sight)
+    pictures = [partial(source.read, at) for at in good]
+    told += check(run, pictures, source.labels[good], side=sight.side, progress=progress)
+    words = {"DATA": audit.opened.place.data, "RUN": quoted(run)}
+    fill = lambda text: " ".join(str(words.get(word, word)) for word in text.split(" "))
+    return [one._replace(command=fill(one.command)) for one in told]
 
 
 def conclusions(scores: Sequence[Score]) -> list[Finding]:
