@@ -102,6 +102,18 @@ def test_links_and_pictures_are_there(page: Path) -> None:
             target = (page.parent / link.partition("#")[0]).resolve()
             assert target.is_file(), link
             assert page.parent == ROOT or target.is_relative_to(DOCS), link
+    assert page.parent == ROOT or r"\|" not in text, "the site shows the backslash"
+
+
+def test_benchmarks_name_scripts_and_results_that_are_there() -> None:
+    shown = set(inline(DOCS / "benchmarks.md"))
+    room = ROOT / "benchmarks"
+    scripts = {name.split()[0] for name in shown if re.match(r"\w+\.py", name)}
+    figures = {name for name in shown if re.fullmatch(r"[\w*-]+\.(csv|md)", name)}
+    assert [name for name in scripts if not (room / name).is_file()] == []
+    assert [name for name in figures if not [*(room / "results").glob(name)]] == []
+    helpers = {"hardware.py", "mixing_figure.py"}
+    assert {path.name for path in room.glob("*.py")} - helpers <= scripts
 
 
 # ------------------------------------------------------------------ the Python
@@ -190,18 +202,17 @@ def answered(words: list[str]) -> tuple[int, list[str]]:
 
 def check(pages: list[Path], wanted: Callable[[str], bool]) -> None:
     """Run the marked blocks of the pages, in a reader's order, and compare."""
+    wrong = []
     for block in (b for page in pages for b in blocks(page)):
         if not block.mark.startswith("run") or not wanted(block.mark):
             continue
+        expected = re.search(r"exit (\d)", block.mark)
         for command in commands(block):
             code, found = answered(command.words)
-            expected = re.search(r"exit (\d)", block.mark)
-            assert code == int(expected[1] if expected else 0), (command.where, found)
-            if not agrees(command.answer, found):
-                lines = difflib.unified_diff(
-                    command.answer, found, command.where, "printed", "", "", 9
-                )
-                pytest.fail("\n".join(lines))
+            if code != int(expected[1] if expected else 0) or not agrees(command.answer, found):
+                lines = [command.answer, found, command.where, f"printed, exit {code}"]
+                wrong += difflib.unified_diff(*lines, n=9, lineterm="")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.fixture

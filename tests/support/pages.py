@@ -110,10 +110,16 @@ def levelled(line: str) -> str:
 
 
 def agrees(expected: list[str], found: list[str]) -> bool:
-    """Whether what was printed is what a page shows, up to numbers; a line of … is any lines."""
+    """Whether what was printed is what a page shows, up to numbers; a line of … is any lines, … at
+    the end of a line whatever follows in it."""
     wanted = "\n".join(map(levelled, expected)).strip().split("\n")
     pattern = "".join(
-        r"(?:[^\n]*\n)*?" if line == ANYTHING else re.escape(line) + r"\n" for line in wanted
+        r"(?:[^\n]*\n)*?" if line == ANYTHING else _exactly(line) + r"\n" for line in wanted
     )
     given = "\n".join(map(levelled, found)).strip() + "\n"
     return re.fullmatch(pattern, given) is not None
+
+
+def _exactly(line: str) -> str:
+    start = line.removesuffix(ANYTHING)
+    return re.escape(start) + (r"[^\n]*" if start != line else "")
