@@ -22,6 +22,7 @@ from cyclopts import CycloptsError
 from crosspatch.cli.main import ROOMS, VERBS, app, main
 from crosspatch.errors import CrosspatchError
 from support import run_pages
+from support.once import once, shared
 from support.pages import DOCS, PAGES, ROOT, agrees, blocks, commands, inline, levelled, typed
 
 SITE = ROOT / "mkdocs.yml"
@@ -122,13 +123,19 @@ def test_benchmarks_name_scripts_and_results_that_are_there() -> None:
 WITH_PYTHON = [page for page in PAGES if any(b.language == "python" for b in blocks(page))]
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
+@pytest.fixture(scope="session")
+def outcomes(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, str]:
     """What went wrong on each page with Python: all of them in one process of their own."""
-    command = [sys.executable, run_pages.__file__, *map(str, WITH_PYTHON)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, run_pages.__file__, *map(str, WITH_PYTHON)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        folder.mkdir()
+        (folder / "outcomes.json").write_text(done.stdout.splitlines()[-1])
+
+    folder = once(shared(tmp_path_factory, worker_id) / "python-of-pages", make)
+    return json.loads((folder / "outcomes.json").read_text())
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
