@@ -155,7 +155,7 @@ def test_python_that_is_not_run_is_python_and_of_ours(page: Path) -> None:
 
 def test_few_blocks_are_not_run() -> None:
     skipped = [b.where for p in PAGES for b in blocks(p) if b.mark.startswith("not run:")]
-    assert len(skipped) <= 3, skipped
+    assert len(skipped) <= 5, skipped
 
 
 def test_marks_are_known() -> None:
