@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# make docs: the pages of docs/ as a site, in site/: open site/index.html.
 # make faults: everything that can go wrong is done to real trainings; docs/reliability.md says what was lost.
 
-.PHONY: demo test test-long faults lint format clean
+.PHONY: demo docs test test-long faults lint format clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +20,9 @@ $(VENV)/tested: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/crosspatch train digits --out runs/demo --overwrite
+
+docs: $(VENV)/tested
+	$(BIN)/zensical build --strict --clean
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .
@@ -40,4 +44,4 @@ format: $(VENV)/tested
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site .cache
