@@ -127,10 +127,15 @@ def learn(asked: argparse.Namespace) -> None:
     with Screen() as screen:
         found = compare(str(asked.data), asked.out, typed, Whole(screen))
         show(screen, found)
-    for name, end in (("compare.md", "md"), ("compare.png", "png"), ("results.csv", "csv")):
-        shutil.copy(asked.out / name, RESULTS / f"backbones-learn.{end}")
+    kept = RESULTS / ("backbones-time" if asked.time else "backbones-learn")
+    for name, end in (("compare.png", "png"), ("results.csv", "csv")):
+        shutil.copy(asked.out / name, kept.with_suffix(f".{end}"))
+    text = (asked.out / "compare.md").read_text().replace("compare.png", f"{kept.name}.png")
+    before, fence, _ = text.partition("\n```\n")
+    text = before.replace(str(asked.data), "cifar10") + f"{fence}{_typed(asked)}{fence}"
+    kept.with_suffix(".md").write_text(text)
     about = {"results": found.results(), "command": _typed(asked)}
-    (RESULTS / "backbones-learn.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
+    kept.with_suffix(".json").write_text(json.dumps(about, indent=1, default=str) + "\n")
 
 
 def _typed(asked: argparse.Namespace) -> str:
@@ -144,8 +149,9 @@ def _typed(asked: argparse.Namespace) -> str:
         "--out",
         "backbones",
     ]
-    for name in ("epochs", "seeds", "threads"):
-        words += [f"--{name}", str(getattr(asked, name))]
+    words += ["--only", *asked.only] if asked.only else []
+    for name in ("time" if asked.time else "epochs", "seeds", "threads"):
+        words += [f"--{name}", f"{getattr(asked, name):g}"]
     return shlex.join(words)
 
 
@@ -161,7 +167,9 @@ def page(asked: argparse.Namespace) -> None:
         "page is written by `python benchmarks/backbones.py page`.", "",
         *_papers(), "",
     ]  # fmt: skip
-    lines += _small() if (RESULTS / "backbones-learn.json").is_file() else []
+    for name, alike in (("learn", "epochs"), ("time", "minutes")):
+        kept = RESULTS / f"backbones-{name}"
+        lines += _small(kept, alike) if kept.with_suffix(".json").is_file() else []
     lines += _large() if (RESULTS / "backbones.csv").is_file() else []
     PAGE.write_text("\n".join(lines))
 
@@ -172,16 +180,22 @@ def _papers() -> list[str]:
             "`catalog/SLUG.toml`; `crosspatch papers SLUG` shows it."]  # fmt: skip
 
 
-def _small() -> list[str]:
-    about = json.loads((RESULTS / "backbones-learn.json").read_text())
-    text = (RESULTS / "backbones-learn.md").read_text()
+def _small(kept: Path, alike: str) -> list[str]:
+    about = json.loads(kept.with_suffix(".json").read_text())
+    text = kept.with_suffix(".md").read_text()
     table = [line for line in text.splitlines() if line.startswith("|")]
     told = [line for line in text.splitlines() if line.startswith("- ")]
+    better = [line for line in told if line.startswith("- **") and ": better by" in line]
+    named = "".join(f" {line[2:]}" for line in better)
+    verdict = f"Better than the default of `train`:{named}" if better else (
+        f"None is shown to be better than `{BASE}`, the default of `train` for pictures of this "
+        "size, where so many are tried."
+    )  # fmt: skip
     return [
-        "## What small presets learn", "",
-        f"CIFAR-10, networks of about the multiply-adds of `{BASE}`, which is what `train` takes "
-        "by default for pictures of this size; one recipe, paired differences:", "",
-        *table, "", *told, "", f"`{about['command']}`", "",
+        f"## What small presets learn in equal {alike}", "",
+        f"CIFAR-10, networks of about the multiply-adds of `{BASE}`; one recipe, the same {alike} "
+        "for each, paired differences.", "",
+        verdict, "", *table, "", *told, "", f"`{about['command']}`", "",
     ]  # fmt: skip
 
 
