@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from crosspatch.cli import pages
 from crosspatch.cli.main import main
 from support.command import Answer
 from support.once import once, shared
@@ -33,6 +34,14 @@ def one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
+
+
+@pytest.fixture(autouse=True)
+def few_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page takes seconds: those marked `pages` write it at the end of a training, others not.
+    Runs that are shared have theirs."""
+    if not request.node.get_closest_marker("pages"):
+        monkeypatch.setattr(pages, "told", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import pytest
 
 from crosspatch.report import run as pages
 
+pytestmark = pytest.mark.pages
+
 
 def test_a_training_ends_with_its_page(digits_run: Path) -> None:
     html = (digits_run / "report.html").read_text(encoding="utf-8")

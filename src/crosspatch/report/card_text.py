@@ -49,9 +49,10 @@ def data(report: dict[str, Any]) -> dict[str, Any]:
     recipe, reading = config.get("recipe") or {}, config.get("reading") or {}
     group = reading.get("group")
     together = f"pictures of one group (--group {group}), " if group else ""
+    seed = recipe.get("split_seed", recipe.get("seed", "not known"))
     rule = (
         "splits that the data name are kept; what is missing is carved out by class, 15 % of all "
-        f"for validation and for test, seed {recipe.get('split_seed', NOT_MEASURED)}; {together}"
+        f"for validation and for test, seed {seed}; {together}"
         "exact copies and near-duplicates stay on one side"
     )
     return {

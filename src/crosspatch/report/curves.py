@@ -26,8 +26,10 @@ def sketching(width: float, height: float, **subplots: Any) -> Iterator[tuple[An
 
 
 def percents(axis: Any) -> None:
-    """Shares on an axis as percent."""
-    axis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    """Shares on an axis as percent, with as many digits as its marks need."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
 
 
 def training_curves(story: Story) -> Markup | None:
