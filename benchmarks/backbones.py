@@ -44,7 +44,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "backbones.md"
 OURS = (
     "crossvit_small_240", "swin_tiny_patch4_window7_224", "convnext_tiny", "nextvit_small",
     "cct_14_7x2_224", "cvt_13", "dhvt_small_imagenet_patch16", "crossformer_small", "cat_small",
-    "smt_s", "hornet_tiny_7x7", "poolformer_s24", "fcaformer_l2",
+    "smt_s", "hornet_tiny_7x7", "poolformer_s24", "fcaformer_l2", "duoformer_r18_s4_channel",
 )  # fmt: skip
 PEERS = (
     "deit_tiny_patch16_224", "deit_small_patch16_224", "resnet18", "resnet34", "resnet50",
