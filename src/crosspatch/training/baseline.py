@@ -39,8 +39,8 @@ DECODED = 1000  # the most where pictures are not held in memory
 PASSES = 10  # one picture for so many that the training sees: about 3 % of its time
 SHARE, FEWEST = 0.03, 50  # of a time budget; training pictures however small that is
 EACH, PIXELS, DECODING = 0.5, 20_000, 10.0
-"""A picture takes EACH ms, one more for so many PIXELS, and DECODING ms where it is not in memory:
-measured once, on one core, so that the number of pictures is the same on every machine."""
+"""A picture takes EACH ms, one more for so many PIXELS, and DECODING ms where it is not in memory
+(a photo of 500x375 takes 5): as measured on one core, and the same number on every machine."""
 SIDE = 32  # pixels of what whitened patches see
 BATCH, AT_ONCE = 256, 1 << 20  # pictures, and pixels, of which more fall out of the cache
 FILTERS = 64
