@@ -7,6 +7,7 @@ import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def write_skipped(path: str | Path, skipped: Iterable[Skipped]) -> None:
         rows.writerows([one.path, one.reason] for one in skipped)
 
 
-def quoting(names: Iterable[str]) -> int:
+def quoting(names: Iterable[str]) -> Literal[0, 2]:
     """How a table with these names is to be quoted: of itself csv leaves a carriage return bare,
     which is read back as the end of the row."""
     return csv.QUOTE_NONNUMERIC if any("\r" in name for name in names) else csv.QUOTE_MINIMAL
