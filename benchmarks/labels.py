@@ -1,8 +1,8 @@
 """How many planted label errors are found, by which score?
 
-    python benchmarks/labels.py pictures/train --work /tmp/labels [--model NAME] [--time 8m]
+    python benchmarks/labels.py pictures/train --work /tmp/labels [--noise SEED] [--time 8m]
 
-DATA: class folders. 5 % of the pictures get another label, drawn evenly (seed 0), and are copied
+DATA: class folders. 5 % of the pictures get another label, drawn evenly by SEED, and are copied
 into WORK/noisy; a run is trained on those, in WORK/run, with one thread. Scored is each opinion by
 itself, and what `explain.mislabels` makes of them: the share of the planted errors among the most
 suspicious pictures, as many of them as can be taken while half are planted errors. What stands in
@@ -28,15 +28,15 @@ from crosspatch.metrics import label_errors
 from crosspatch.metrics.neighbours import crossvalidated_neighbours
 from hardware import RESULTS, append, facts
 
-SHARE, SEED = 0.05, 0
+SHARE = 0.05
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def plant(data: Path, noisy: Path) -> None:
+def plant(data: Path, noisy: Path, seed: int) -> None:
     """The pictures in folders of their new labels; their names begin with the old ones."""
     files = sorted(path for path in data.rglob("*") if path.suffix.lower() in ENDINGS)
     names = sorted({path.parent.name for path in files})
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     wrong = np.sort(rng.permutation(len(files))[: round(SHARE * len(files))])
     labels = np.array([names.index(path.parent.name) for path in files])
     labels[wrong] = (labels[wrong] + rng.integers(1, len(names), len(wrong))) % len(names)
@@ -64,13 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="class folders")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--noise", type=int, default=0, metavar="SEED", help="of the wrong labels")
     parser.add_argument("--model", default="fcaformer_micro_32")
     parser.add_argument("--time", default="8m")
     parser.add_argument("--out", type=Path, default=RESULTS / "labels.csv")
     given = parser.parse_args()
     noisy, run = given.work / "noisy", given.work / "run"
     if not noisy.is_dir():
-        plant(given.data, noisy)
+        plant(given.data, noisy, given.noise)
     if not run.is_dir():
         train(noisy, run, given.model, given.time)
 
@@ -108,6 +109,7 @@ def main() -> None:
                     "listed": "",
                     "precision": "",
                     "recall": "",
+                    "noise": given.noise,
                     "model": given.model,
                     "time": given.time,
                     **facts("torch", "numpy"),

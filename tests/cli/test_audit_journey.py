@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from crosspatch.data.opening import open_source
 
 
 @pytest.fixture
@@ -50,11 +54,81 @@ def test_nothing_is_written_over(crosspatch, photos: Path) -> None:
     assert not Path("audit.html").exists()
 
 
+@pytest.fixture
+def mistaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Forty scans of each of six digits in folders of their labels, two of each in the next one's,
+    one file cut short. Their paths."""
+    monkeypatch.chdir(tmp_path)
+    source, wrong, counts = open_source("digits"), set(), [0] * 10
+    for at, item in enumerate(source.items):
+        counts[item.label] += 1
+        if item.label < 6 and counts[item.label] <= 40:
+            moved = counts[item.label] > 38
+            label = (item.label + moved) % 6
+            path = tmp_path / "digits" / str(label) / f"{item.label} '{at}'.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(source.read(at)).save(path)
+            wrong |= {str(path)} if moved else set()
+    (path.parent / "cut.png").write_bytes(path.read_bytes()[:60])
+    return wrong
+
+
+def test_a_run_tells_wrong_labels_and_its_table_trains(
+    crosspatch, digits_run: Path, mistaken: set[str]
+) -> None:
+    told = crosspatch("audit", "./digits", "--run", digits_run, "--json")
+    assert told.code == 1, told.err  # the file that was cut short
+    (found,) = [one for one in json.loads(told.out)["findings"] if one["kind"] == "mislabels"]
+    listed = {str(Path("digits", one["path"]).absolute()) for one in found["items"]}
+    assert len(listed & mistaken) >= 8
+    assert found["command"] == "crosspatch train audit-labels.csv"
+    page = Path("audit.html").read_text()
+    for one in found["items"]:
+        assert f"labelled {one['label']}, looks like {one['suggested']}" in page
+    with Path("audit-labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["path"] for row in rows}) == len(rows) == 241
+    assert {row["path"] for row in rows if row["sure"]} == listed
+    assert {row["path"] for row in rows[: len(listed)]} == listed
+    words = found["command"].split()[1:]
+    trained = crosspatch(*words, "--epochs", "1", "--out", "mended", "--json")
+    assert trained.code == 0, trained.err
+    split = list(csv.DictReader(Path("mended/split.csv").read_text().splitlines()))
+    assert len(split) == 240
+    right = [row for row in split if Path(row["path"]).name[0] == row["class"]]
+    assert len(right) > 240 - len(mistaken)
+
+
+def test_a_bundle_tells_them_too_where_its_run_is(
+    crosspatch, digits_bundle: Path, mistaken: set[str]
+) -> None:
+    alone = Path(shutil.copy(digits_bundle, "alone.onnx"))
+    told = crosspatch("audit", "./digits", "--run", alone)
+    assert told.code == 2
+    assert "alone.onnx without its run" in told.err
+    assert "name the folder of the run" in told.err
+    assert not Path("audit.html").exists()
+    told = crosspatch("audit", "./digits", "--run", digits_bundle, "--json")
+    answer = json.loads(told.out)
+    assert answer["not_looked"] == []
+    assert {"mislabels", "resizing"} <= {one["kind"] for one in answer["findings"]}
+
+
+def test_several_labels_are_said_not_to_be_looked_at(
+    crosspatch, digits_run: Path, photos: Path
+) -> None:
+    told = crosspatch("audit", "photos", "--multi-label", "--run", digits_run, "--json")
+    answer = json.loads(told.out)
+    assert len(answer["not_looked"]) == 2
+    assert all("have several labels; leave --run away" in one for one in answer["not_looked"])
+
+
 WRONG = [
     (("photos", "--out", "x.pdf"), 2, "--out x.pdf"),
     (("photos", "--out", "none/x.html"), 2, "no folder none"),
     (("phtoos",), 2, "does not exist"),
     (("photos", "--run", "none"), 2, "none does not exist"),
+    (("photos", "--run", "photos"), 3, "config.json does not exist"),
     (("photos", "--workers", "0"), 2, "--workers 0"),
 ]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -16,8 +18,10 @@ from crosspatch.data.audit import Audit, audit
 from crosspatch.data.decode import read_header
 from crosspatch.data.exif import NOTHING, Taken, taken
 from crosspatch.data.findings import Place, quoted
+from crosspatch.data.layout import MEANING
 from crosspatch.data.opening import open_source
 from crosspatch.errors import DataError, UsageError
+from crosspatch.report.page import write_page
 from support.hostile import saved
 
 NASTY = 'it\'s "a" <b>$(x) cat'
@@ -197,6 +201,78 @@ def test_a_table_is_mended_by_a_table(data: Path) -> None:
     (text,) = found.files.values()
     Path("audit-kept.csv").write_text(text)
     assert len(open_source("audit-kept.csv")) == 46
+
+
+CLASSES = st.text(
+    st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=6
+).filter(lambda name: name.strip(".") == name and name.lower() not in MEANING)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    names=st.lists(CLASSES, min_size=2, max_size=3, unique=True),
+    chosen=st.sets(st.integers(0, 3), min_size=1),
+)
+@example(['it\'s "a";b', "=1+1"], {0, 3})
+@example(["a\rb", "c\nd"], {0})
+@example(["cat", "cat|dog"], {1})
+@example(["cat", "[cat]"], {1})
+@example(["cat", " dog"], {1})
+def test_a_table_of_other_labels_holds_every_picture_once(names, chosen) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place, "x,y")
+        for at, name in enumerate(names):
+            put(root, name, 2, 2 * at)
+            (root / name / f"a{2 * at}z.png").rename(root / name / "a\r;b.png")
+        (root / names[0] / "cut.png").write_bytes(b"no")
+        found = audit(str(root), beside=Path(place, "audit"), workers=1)
+        source, one = found.source, sorted(chosen)[-1]
+        others = [name for name in source.classes if name != source.named(source.items[one].label)]
+        command = found.relabel({one: (others[0], 0.97)})
+        table = Path(place, "audit-labels.csv")
+        plain = lambda name: name.isprintable() and name == name.strip() and "|" not in name
+        if not all(plain(name) and name != "[cat]" for name in names):
+            assert (command, table in found.files) == ("", False)
+            return
+        assert command == f"crosspatch train {quoted(table)}"
+        write_page(table, found.files[table])
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        was = source.named(source.items[one].label)
+        first = {"path": str(root / source.items[one].key), "label": others[0], "was": was}
+        assert rows[0] == {**first, "sure": "0.97"}
+        assert [row["sure"] for row in rows[1:]] == [""] * (len(source) - 1)
+        again = open_source(table)
+        told = {item.key: again.named(item.label) for item in again.items}
+        meant = {f"x,y/{item.key}": source.named(item.label) for item in source.items}
+        assert told == {**meant, f"x,y/{source.items[one].key}": others[0]}
+
+
+def test_a_table_of_other_labels_keeps_splits_and_groups(data: Path) -> None:
+    rows = [
+        f"{path.relative_to(data.parent)},{path.parent.name[-3:]},{split},{split} {n // 2}"
+        for split, some in (("train", range(16)), ("test", range(16, 24)))
+        for n in some
+        for path in (data / "dog" / f"a{100 + n}z.png", data / NASTY / f"a{n}z.png")
+    ]
+    Path("table.csv").write_text("\n".join(["file,class,subset,patient", *rows]))
+    found = audit("table.csv", workers=1)
+    before = {item.key: item for item in found.source.items}
+    assert found.relabel({5: ("dog", 1.0)}) == "crosspatch train audit-labels.csv"
+    Path("audit-labels.csv").write_text(found.files[Path("audit-labels.csv")])
+    after = {item.key: item for item in open_source("audit-labels.csv").items}
+    assert after.keys() == before.keys()
+    for key, item in before.items():
+        assert (after[key].split, after[key].group) == (item.split, item.group)
+
+
+def test_other_labels_of_what_is_no_folder(data: Path) -> None:
+    shutil.make_archive("packed", "zip", data)
+    found = audit("packed.zip", workers=1)
+    command = found.relabel({0: ("dog", 1.0)})
+    assert command == "mkdir packed && unzip -q packed.zip -d packed && crosspatch audit packed"
+    assert not found.files
+    assert audit("digits", workers=1).relabel({0: ("1", 1.0)}) == ""
 
 
 def test_several_labels_and_built_in_data_are_looked_at() -> None:

@@ -1,10 +1,15 @@
 """Stratified, seeded, obedient to folders, and written so that it can be read back."""
 
+import csv
+import tempfile
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crosspatch.data.skipped import Skipped, write_skipped
 from crosspatch.data.sources import Item, Source
 from crosspatch.data.split import SPLITS, make_split, read_split, write_split
 from crosspatch.errors import DataError
@@ -108,6 +113,22 @@ def test_the_table_is_read_back(tmp_path):
     assert lines[0] == "path,class,split,size"
     assert len(lines) == 18
     back = read_split(tmp_path / "split.csv", source)
+    assert all(np.array_equal(a, b) for a, b in zip(parts(split), parts(back), strict=True))
+
+
+@given(st.lists(st.text("\r\n,;\"' a", min_size=1), min_size=4, max_size=4, unique=True))
+def test_any_name_is_read_back(names):
+    source = Counts({None: [2, 2]})
+    source.items = tuple(
+        replace(item, key=name) for item, name in zip(source.items, names, strict=True)
+    )
+    split = make_split(source)
+    with tempfile.TemporaryDirectory() as place:
+        write_split(f"{place}/split.csv", source, split)
+        back = read_split(f"{place}/split.csv", source)
+        write_skipped(f"{place}/skipped.csv", [Skipped(name, "torn") for name in names])
+        with open(f"{place}/skipped.csv", newline="", encoding="utf-8") as file:
+            assert [row["path"] for row in csv.DictReader(file)] == names
     assert all(np.array_equal(a, b) for a, b in zip(parts(split), parts(back), strict=True))
 
 

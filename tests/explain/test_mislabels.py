@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import csv
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from crosspatch.data.audit import audit
 from crosspatch.errors import UsageError
 from crosspatch.explain import mislabels as room
-from crosspatch.explain.mislabels import COLUMNS, KIND, mislabels, opinion, write_table
+from crosspatch.explain.mislabels import (
+    COLUMNS,
+    KIND,
+    findings,
+    mislabels,
+    opinion,
+    write_table,
+)
+from crosspatch.report import audit as pages
 
 NAMES = ("<script>alert(1)</script>", "b\n\x1b[31m", "c")
 
@@ -83,6 +95,19 @@ def test_a_run_is_asked_unless_it_has_learnt_by_heart(monkeypatch, tmp_path):
     assert "was not asked" not in found.finding.text
 
 
+def test_a_run_that_knows_little_is_not_asked(monkeypatch):
+    alone = mislabels(None, PICTURES, PATHS, labelled(GIVEN))
+    monkeypatch.setattr(room, "_by_heart", lambda *given: False)
+    for share, asked in ((0.34, False), (0.98, True)):
+        own = np.full((150, 3), (1 - share) / 2)
+        own[np.arange(150), TRUTH] = share
+        monkeypatch.setattr(room, "_of_run", lambda *given, own=own: own)
+        found = mislabels("run", PICTURES, PATHS, labelled(GIVEN))
+        assert (room.WEAK in found.finding.text) is not asked
+        assert np.array_equal(found.probs, alone.probs) is not asked
+        assert {row["path"] for row in found.rows[:3]} == {PATHS[3], PATHS[50], PATHS[97]}
+
+
 def test_the_table_is_read_back_and_never_replaces_a_file(tmp_path):
     rows = mislabels(None, PICTURES, PATHS, labelled(GIVEN)).rows
     rows[0]["path"] = 'odd,"name"\udc80.png'
@@ -94,3 +119,76 @@ def test_the_table_is_read_back_and_never_replaces_a_file(tmp_path):
     assert {one["label"] for one in read} <= set(NAMES)
     with pytest.raises(UsageError, match="cannot be written"):
         write_table(tmp_path / "m.csv", rows)
+
+
+CLASSES = ("<script>alert(1)</script>".replace("/", "\N{DIVISION SLASH}"), "it's b", "c")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The stripes as PNG files in folders of the labels that they were given, some wrong, in a
+    folder `shown` of the working folder."""
+    monkeypatch.chdir(tmp_path)
+    for picture, label, path in zip(PICTURES, GIVEN, PATHS, strict=True):
+        place = tmp_path / "shown" / CLASSES[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(place / path)
+    return tmp_path / "shown"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A run whose opinion says nothing."""
+    alike = lambda run, pictures, classes, labels, ok, tell: np.full((len(ok), 3), 1 / 3)
+    monkeypatch.setattr(room, "_of_run", alike)
+
+
+def test_an_audit_is_told_the_command_that_trains_with_better_labels(folders, asked):
+    (folders / CLASSES[1] / "cut.png").write_bytes(b"no")
+    audited = audit("shown", workers=1)
+    (found,) = findings("run", audited)
+    assert found.kind == KIND
+    assert found.command == "crosspatch train audit-labels.csv"
+    wrong = {f"{CLASSES[GIVEN[at]]}/{PATHS[at]}": CLASSES[TRUTH[at]] for at in (3, 50, 97)}
+    assert wrong.items() <= {one["path"]: one["suggested"] for one in found.items}.items()
+    assert {one["path"] for one in found.items[:3]} == set(wrong)
+    rows = list(csv.DictReader(audited.files[Path("audit-labels.csv")].splitlines()))
+    assert len(rows) == len({row["path"] for row in rows}) == 151
+    told = [
+        (row["path"], row["label"], row["was"], float(row["sure"])) for row in rows if row["sure"]
+    ]
+    assert told == [(str(folders / one["path"]), one["suggested"], one["label"], one["score"])
+                    for one in found.items]  # fmt: skip
+    assert [row["was"] for row in rows[: len(told)]] == [one["label"] for one in found.items]
+    audited.add([found])
+    page = pages.page(audited.to_dict(), lambda path: f"data:image/jpeg;base64,{path[-7:-4]}")
+    assert "<script>" not in page
+    assert "looks like" in page
+    assert all(f"base64,{path[-7:-4]}" in page for path in wrong)
+
+
+def test_what_no_table_can_be_made_of_has_another_command_or_none(folders, asked):
+    shutil.make_archive("packed", "tar", folders)
+    (found,) = findings("run", audit("packed.tar", workers=1))
+    assert (
+        found.command == "mkdir packed && tar -xf packed.tar -C packed && crosspatch audit packed"
+    )
+    assert "in its table" not in found.text
+    (folders / "c").rename(folders / "a|c")
+    audited = audit("shown", workers=1)
+    (found,) = findings("run", audited)
+    assert (found.command, audited.files) == ("", {})
+    assert len(found.items) >= 3
+    assert "in its table" not in found.text
+    (folders / "a|c").rename(folders / "c")
+    with pytest.raises(UsageError, match="several labels"):
+        findings("run", audit("shown", workers=1, multi_label=True))
+
+
+def test_a_carriage_return_in_a_name_is_read_back(tmp_path):
+    rows = mislabels(None, PICTURES, PATHS, labelled(GIVEN)).rows
+    rows[0]["path"] = "a\rb.png"
+    write_table(tmp_path / "m.csv", rows)
+    with (tmp_path / "m.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [one["path"] for one in read] == [row["path"] for row in rows]

@@ -88,7 +88,11 @@ def test_how_many_pictures_follows_from_the_settings():
     assert most(100) == 100
     assert most(5000) == 5000
     assert most(5000, epochs=2) == 1000
-    assert most(5000, epochs=1, time_budget=30.0) == 1200
+    assert most(5000, time_budget=30.0) == 816  # in 0.9 s, of which half are for val and test
+    assert most(10**6, time_budget=1.0) == baseline.FEWEST
+    assert most(10**6, time_budget=60.0, store=(256, 256)) == 238
+    assert most(10**6, time_budget=60.0, cached=False) < 100
+    assert most(10**6, time_budget=900.0) == baseline.MOST
     assert most(10**6) == baseline.MOST
     assert most(10**6, store=(256, 256)) == baseline.MOST // 4
     assert most(10**6, cached=False) == baseline.DECODED

@@ -20,9 +20,9 @@ from crosspatch.cli.options import (
     Columns,
     Output,
     at_least,
-    existing_run,
     reading_of,
 )
+from crosspatch.cli.predict import existing_model
 from crosspatch.errors import CrosspatchError, UsageError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def audit(
     overwrite
         Write over the page of an earlier audit, and over what lies beside it.
     run
-        A trained run: its features tell likely wrong labels.
+        A trained run, or a bundle that lies in its folder: it tells likely wrong labels.
     workers
         Processes that decode pictures.
     group
@@ -74,7 +74,7 @@ def audit(
     output = output or Output()
     beside = _check(out, overwrite)
     if run is not None:
-        existing_run(run)
+        _check_run(run)
 
     from crosspatch.cli.screen import Screen, print_json
     from crosspatch.data.audit import audit
@@ -112,6 +112,15 @@ def _check(out: Path, overwrite: bool) -> Path:
     return beside
 
 
+def _check_run(run: Path) -> None:
+    """Raises UsageError or DataError, before any work, for what is neither a trained run nor a
+    bundle beside its run."""
+    from crosspatch.deploy.loading import folder_of
+    from crosspatch.training.package import model_folder, read_config
+
+    read_config(model_folder(folder_of(existing_model(run))))
+
+
 def _refuse(paths: list[Path]) -> None:
     for path in paths:
         if path.exists() or path.is_symlink():
@@ -132,7 +141,7 @@ def _with_a_run(found: Audit, run: Path | None, screen: Screen) -> None:
         try:
             found.add(module.findings(run, found, told))
         except CrosspatchError as problem:
-            found.not_looked.append(f"{what.capitalize()}: {problem.got}.")
+            found.not_looked.append(f"{what.capitalize()}: {problem.got}; {problem.do}.")
 
 
 def _write(found: Audit, out: Path, beside: Path, overwrite: bool) -> None:

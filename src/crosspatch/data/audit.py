@@ -22,7 +22,7 @@ from crosspatch.data.checks import (
     spectrum_findings,
 )
 from crosspatch.data.findings import Finding, quoted
-from crosspatch.data.labels import numbers
+from crosspatch.data.labels import is_one_name, numbers
 from crosspatch.data.leakage import (
     burst_findings,
     burst_sets,
@@ -33,6 +33,7 @@ from crosspatch.data.leakage import (
 )
 from crosspatch.data.lenient import Opened, open_leniently
 from crosspatch.data.looking import Look, look_at
+from crosspatch.data.skipped import quoting
 from crosspatch.data.sources import Source
 from crosspatch.data.traps import Counts, folder_counts, trap_findings
 
@@ -82,10 +83,13 @@ class Audit:
     def relabel(self, labels: Mapping[int, tuple[str, float]]) -> str:
         """The command that trains with other labels, {number of a picture: (label, how sure)}: the
         table that it reads is among `files` then, those pictures first. Of an archive the command
-        unpacks it; "" for data without files."""
+        unpacks it; "" for data without files, and for names that a table would
+        change (spaces around them, `a|b`)."""
         place = self.opened.place
         if place.kind not in ("folder", "table"):
             return place.unpack()
+        if not all(is_one_name(name) for name in self.source.classes):
+            return ""
         self.files[place.table_of("labels")] = _table(self.opened, set(), (), labels)
         return f"crosspatch train {quoted(place.table_of('labels'))}"
 
@@ -262,17 +266,19 @@ def _table(
     bursts: Sequence[tuple[int, ...]],
     labels: Mapping[int, tuple[str, float]] | None = None,
 ) -> str:
-    """A table that `crosspatch train` reads: path, label, split, group; with other `labels` for
-    some pictures these stand first, with the label that each has now and how sure the other is."""
+    """A table that `crosspatch train` reads: path, label, split, group (the data's own, else the
+    burst); with other `labels` for some pictures these stand first, with the label that each has
+    now and how sure the other is."""
     source, spec = opened.source, Path(opened.place.spec)
     root = (spec if opened.place.kind == "folder" else spec.parent).absolute()
     group = {at: f"burst {number}" for number, one in enumerate(bursts, 1) for at in one}
     given = any(item.split for item in source.items)
-    head = ["path", "label", *(["split"] if given else []), *(["group"] if bursts else [])]
+    kept = bool(bursts) or any(item.group for item in source.items)
+    head = ["path", "label", *(["split"] if given else []), *(["group"] if kept else [])]
     new = labels or {}
     head += ["was", "sure"] if new else []
     held = io.StringIO()
-    rows = csv.writer(held, lineterminator="\n")
+    rows = csv.writer(held, lineterminator="\n", quoting=quoting(item.key for item in source.items))
     rows.writerow(head)
     for at in [*new, *(at for at in range(len(source)) if at not in new)]:
         item = source.items[at]
@@ -281,6 +287,6 @@ def _table(
         was = source.named(item.label)
         label, sure = new.get(at, (was, ""))
         row = [str(root / (opened.top + item.key)), label, *[item.split or "train"] * given]
-        row += [group.get(at, f"alone {at}")] if bursts else []
+        row += [item.group or group.get(at, f"alone {at}")] if kept else []
         rows.writerow([*row, *([was, sure] if new else [])])
     return held.getvalue()

@@ -35,6 +35,12 @@ def holds_several(cell: object) -> bool:
     return isinstance(cell, str) and (SEPARATOR in cell or _LIST.match(cell) is not None)
 
 
+def is_one_name(name: str) -> bool:
+    """Whether a cell that holds this name is read back as it, not as another or several, and may
+    be a class."""
+    return name.isprintable() and not holds_several(name) and word(name) == name
+
+
 def names_in(cell: object, place: str) -> tuple[str, ...]:
     """The names in a cell, each once and sorted; () for an empty one. place: of the cell, for
     errors. Raises DataError for what is no list of names, and for a name that holds a `|`."""

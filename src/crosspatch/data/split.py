@@ -29,6 +29,7 @@ import numpy as np
 from crosspatch.data.groups import units
 from crosspatch.data.layout import SPLITS
 from crosspatch.data.longtail import thin
+from crosspatch.data.skipped import quoting
 from crosspatch.data.sources import Item, Source
 from crosspatch.errors import DataError, near
 
@@ -119,7 +120,8 @@ def write_split(path: str | Path, source: Source, split: Split) -> None:
     sizes = source.sizes()
     rows = sorted((index, name) for name in SPLITS for index in getattr(split, name).tolist())
     with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
+        names = (item.key for item in source.items)
+        table = csv.writer(file, lineterminator="\n", quoting=quoting(names))
         table.writerow(["path", "class", "split", "size"])
         for index, name in rows:
             item = source.items[index]

@@ -13,8 +13,7 @@ import torch
 
 from crosspatch.data.decode import UnreadableImage
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.deploy.bundle import read_bundle
-from crosspatch.deploy.loading import run_of
+from crosspatch.deploy.loading import folder_of
 from crosspatch.deploy.predictor import Picture, Predictor
 from crosspatch.deploy.torch_engine import TorchEngine
 from crosspatch.errors import UsageError
@@ -117,18 +116,7 @@ def embedder(run: str | Path | None) -> Embedder:
         return _made(
             _Plain(Trained(torch.nn.Identity(), (), preprocess, 1.0, 0)), PLAIN, preprocess
         )
-    path = Path(run)
-    if path.suffix in (".onnx", ".xml") and not path.is_dir():
-        home = run_of(read_bundle(path))
-        if home is None:
-            raise UsageError(
-                f"the bundle {path} without its run",
-                "a run, or a bundle in the folder of the run it was made of: a bundle answers with "
-                "probabilities alone",
-                "name the folder of the run",
-            )
-        path = home
-    return of_model(load_model(path), str(run))
+    return of_model(load_model(folder_of(run)), str(run))
 
 
 def of_model(trained: Trained, name: str) -> Embedder:

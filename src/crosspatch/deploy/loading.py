@@ -95,6 +95,25 @@ def run_of(bundle: Bundle) -> Path | None:
     return folder if weights_hash(folder) == bundle.info.weights else None
 
 
+def folder_of(run: str | Path) -> Path:
+    """The folder of a run: the path itself, or the one that a bundle lies in and was made of.
+
+    Raises UsageError for a bundle without its run, DataError for a damaged one.
+    """
+    path = Path(run)
+    if path.suffix not in (".onnx", ".xml") or path.is_dir():
+        return path
+    home = run_of(read_bundle(path))
+    if home is None:
+        raise UsageError(
+            f"the bundle {path} without its run",
+            "a run, or a bundle in the folder of the run it was made of: a bundle answers with "
+            "probabilities alone",
+            "name the folder of the run",
+        )
+    return home
+
+
 def weights_hash(run: Path) -> str | None:
     """sha256 of a run's weights, None where it holds none."""
     path = run / "model" / "model.safetensors"

@@ -4,7 +4,8 @@
 Two opinions are pooled (`metrics.label_errors`): that of a linear layer on responses to whitened
 patches, which for each picture is fitted to all others (`metrics.ridge.left_out`), and that of a
 run, if there is one. A run has seen the labels of its training pictures; where it has learnt them
-by heart it is not asked. docs/mislabels.md tells what was measured.
+by heart it is not asked, nor where it knows so little that with it the labels are less likely.
+docs/mislabels.md tells what was measured.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from crosspatch.data.audit import Audit
 from crosspatch.data.findings import Finding
+from crosspatch.data.skipped import quoting
 from crosspatch.deploy.embedding import embedder, patches_of
 from crosspatch.deploy.loading import load, run_of
 from crosspatch.deploy.predictor import Picture
@@ -36,6 +38,14 @@ SURE = 0.95  # of the score, from which on a label is listed
 HEART = 0.98  # share of the training pictures that are named right: labels learnt by heart
 SHOWN = 100  # items of the finding; the table has all
 KIND = "mislabels"
+HEARTFELT = (
+    " The run was not asked: it names nearly all of its training pictures as labelled, so that it "
+    "hides wrong labels. A run that was trained more briefly sees more."
+)
+WEAK = (
+    " The run was not asked: with its opinion the labels are less likely than by whitened patches "
+    "alone, so it knows these pictures too little. A run that was trained longer sees more."
+)
 
 
 class Mislabels(NamedTuple):
@@ -71,7 +81,7 @@ def mislabels(
     classes = tuple(sorted(set(labels)))
     if len(pictures) < LEAST or len(classes) < 2:
         nothing = np.zeros((0, len(classes)))
-        few = _finding([], len(pictures), table, heart=False, few=True)
+        few = _finding([], len(pictures), table, few=True)
         return Mislabels(few, [], nothing, np.zeros(0, np.int64), classes)
     number = {name: place for place, name in enumerate(classes)}
     known = np.array([number[label] for label in labels], np.int64)
@@ -83,13 +93,19 @@ def mislabels(
 
     features = patches_of(pictures).embed(pictures, progress=tell)
     ok = np.flatnonzero(np.isfinite(features).all(axis=1))
-    probs, heart = opinion(features[ok], known[ok], len(classes)), False
+    names, given = [paths[at] for at in ok.tolist()], known[ok]
+    probs, remark = opinion(features[ok], given, len(classes)), ""
     if run is not None:
         own = _of_run(run, pictures, classes, known, ok, partial(tell, before=len(pictures)))
-        heart = _by_heart(run, own, known[ok], [paths[at] for at in ok.tolist()])
-        probs = probs if heart else label_errors.pooled(own, probs)
-    rows = _rows(probs, known[ok], classes, [paths[at] for at in ok.tolist()])
-    return Mislabels(_finding(rows, len(ok), table, heart=heart), rows, probs, ok, classes)
+        both = label_errors.pooled(own, probs)
+        if _by_heart(run, own, given, names):
+            remark = HEARTFELT
+        elif _surprise(both, given) > _surprise(probs, given):
+            remark = WEAK
+        else:
+            probs = both
+    rows = _rows(probs, given, classes, names)
+    return Mislabels(_finding(rows, len(ok), table, remark), rows, probs, ok, classes)
 
 
 def findings(run: str | Path, audit: Audit, progress: Progress | None = None) -> list[Finding]:
@@ -99,7 +115,9 @@ def findings(run: str | Path, audit: Audit, progress: Progress | None = None) ->
     """
     source = audit.source
     if source.multi:
-        raise UsageError("pictures have several labels", "one label to a picture", "leave it out")
+        raise UsageError(
+            "pictures have several labels", "one label to a picture", "leave --run away"
+        )
     found = mislabels(
         run,
         [partial(source.read, at) for at in range(len(source))],
@@ -111,14 +129,13 @@ def findings(run: str | Path, audit: Audit, progress: Progress | None = None) ->
         return [found.finding]
     places = {item.key: at for at, item in enumerate(source.items)}
     told = {places[row["path"]]: (row["suggested"], row["score"]) for row in found.rows}
-    command = audit.relabel(told)
-    if audit.files:
-        text = (
-            f"{found.finding.text} The command trains with the labels that seem right: they stand "
-            "first in its table; where the one in the column `was` is right, put it back before."
+    command, text = audit.relabel(told), found.finding.text
+    if command.startswith("crosspatch train"):
+        text += (
+            " The command trains with the labels that seem right: they stand first in its table; "
+            "where the one in the column `was` is right, put it back before."
         )
-        return [found.finding._replace(text=text, command=command)]
-    return [found.finding._replace(command=command)]
+    return [found.finding._replace(text=text, command=command)]
 
 
 def opinion(features: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -128,6 +145,12 @@ def opinion(features: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarra
     raised = np.exp(said - said.max(axis=1, keepdims=True))
     soft = (raised / raised.sum(axis=1, keepdims=True)).astype(np.float32)
     return apply_temperature(soft, fit_temperature(soft, labels))
+
+
+def _surprise(probs: np.ndarray, labels: np.ndarray) -> float:
+    """The mean negative log-likelihood of labels (N,)."""
+    own = probs[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(own, label_errors.FLOOR)).mean())
 
 
 def _of_run(
@@ -180,7 +203,8 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     Raises UsageError where the file exists or cannot be written.
     """
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    names = (row["path"] for row in rows)
+    writer = csv.writer(text, lineterminator="\n", quoting=quoting(names))
     writer.writerow(COLUMNS)
     writer.writerows([row[name] for name in COLUMNS] for row in rows)
     try:
@@ -223,20 +247,14 @@ def _by_heart(run: str | Path, own: np.ndarray, labels: np.ndarray, paths: list[
 
 
 def _finding(
-    rows: list[dict[str, Any]], seen: int, table: str, *, heart: bool, few: bool = False
+    rows: list[dict[str, Any]], seen: int, table: str, remark: str = "", *, few: bool = False
 ) -> Finding:
     if few:
         text = f"{seen} pictures, or a single class, are too few to tell which labels are wrong."
         return Finding("good", KIND, "Labels were not checked", text, "", [])
-    remark = (
-        " The run was not asked: it names nearly all of its training pictures as labelled, "
-        "so that it hides wrong labels. A run that was trained more briefly sees more."
-        if heart
-        else ""
-    )
     if not rows:
         text = f"No label of {seen:,} pictures is clearly contradicted.{remark}"
-        return Finding("warn" if heart else "good", KIND, "No likely mislabels", text, "", [])
+        return Finding("warn" if remark else "good", KIND, "No likely mislabels", text, "", [])
     many = "label is" if len(rows) == 1 else "labels are"
     text = (
         f"Of {seen:,} pictures these are the ones whose label is least "

@@ -25,6 +25,7 @@ from crosspatch.data.decode import UnreadableImage
 from crosspatch.data.findings import Finding, quoted
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.deploy.embedding import of_model
+from crosspatch.deploy.loading import folder_of
 from crosspatch.deploy.predictor import Picture, Predictor
 from crosspatch.deploy.torch_engine import TorchEngine
 from crosspatch.errors import UsageError
@@ -262,11 +263,14 @@ def check(
 
 def findings(run: str | Path, audit: Audit, progress: Progress | None = None) -> list[Finding]:
     """For `crosspatch audit --run`: the expectations of the run's model, and what `check` says of
-    up to `MOST` pictures, drawn evenly. Raises as `check` does, and UsageError for data with
-    several labels to a picture."""
+    up to `MOST` pictures, drawn evenly. run: its folder, or a bundle in that. Raises as `check`
+    does, and UsageError for data with several labels to a picture and a bundle without its run."""
     source = audit.source
     if source.multi:
-        raise UsageError("pictures have several labels", "one label to a picture", "leave it out")
+        raise UsageError(
+            "pictures have several labels", "one label to a picture", "leave --run away"
+        )
+    home = folder_of(run)
     chosen = np.linspace(0, len(source) - 1, min(MOST, len(source))).round().astype(int).tolist()
     seen, good = [], []
     for at in chosen:
@@ -278,10 +282,10 @@ def findings(run: str | Path, audit: Audit, progress: Progress | None = None) ->
     if not seen:
         raise UsageError("no picture can be read", "pictures that can be read", "mend them first")
     sight = look(seen)
-    told = expectations(load_model(run).preprocess, sight)
+    told = expectations(load_model(home).preprocess, sight)
     pictures = [partial(source.read, at) for at in good]
-    told += check(run, pictures, source.labels[good], side=sight.side, progress=progress)
-    words = {"DATA": audit.opened.place.data, "RUN": quoted(run)}
+    told += check(home, pictures, source.labels[good], side=sight.side, progress=progress)
+    words = {"DATA": audit.opened.place.data, "RUN": quoted(home)}
     fill = lambda text: " ".join(str(words.get(word, word)) for word in text.split(" "))
     return [one._replace(command=fill(one.command)) for one in told]
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crosspatch.data.decode import UnreadableImage
+from crosspatch.data.skipped import quoting
 from crosspatch.data.sources import Source
 from crosspatch.errors import CrosspatchError
 from crosspatch.explain.evidence import worst
@@ -122,7 +123,8 @@ def write_labels(path: Path, rows: Sequence[dict[str, str]]) -> None:
     """The table, whole or as it was. Raises OSError where it cannot be written."""
     draft = path.with_name(f".writing-{os.getpid()}-{path.name}")
     with draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        how = quoting(row["path"] for row in rows)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", quoting=how)
         writer.writeheader()
         writer.writerows(rows)
     os.replace(draft, path)

@@ -37,9 +37,12 @@ MOST, LEAST = 8000, 500
 LARGE = 128  # pixels: of larger pictures, which take longer, there are fewer
 DECODED = 1000  # the most where pictures are not held in memory
 PASSES = 10  # one picture for so many that the training sees: about 3 % of its time
-PER_SECOND = 40  # pictures for a second of a time budget
+SHARE, FEWEST = 0.03, 50  # of a time budget; training pictures however small that is
+EACH, PIXELS, DECODING = 0.5, 20_000, 10.0
+"""A picture takes EACH ms, one more for so many PIXELS, and DECODING ms where it is not in memory
+(a photo of 500x375 takes 5): as measured on one core, and the same number on every machine."""
 SIDE = 32  # pixels of what whitened patches see
-BATCH = 256
+BATCH, AT_ONCE = 256, 1 << 20  # pictures, and pixels, of which more fall out of the cache
 FILTERS = 64
 SEEDS = 512  # pictures that the filters are cut from
 UNCHOSEN = ("whitened patches", 0.1)  # features and penalty without validation pictures
@@ -104,13 +107,14 @@ def measure(recipe: Recipe, pictures: Pictures, progress: Told | None = None) ->
 def most_pictures(recipe: Recipe, pictures: Pictures) -> int:
     """How many training pictures are looked at: by the settings alone, so that it is repeated."""
     count = len(pictures.split.train)
+    pixels, cached = math.prod(recipe.store), pictures.prepared.images.cached
     if recipe.time_budget is not None:
-        wanted = round(recipe.time_budget * PER_SECOND)
+        each = EACH + pixels / PIXELS + (0 if cached else DECODING)
+        wanted = max(FEWEST, round(1000 * SHARE * recipe.time_budget / (2 * each)))
     else:
-        wanted = recipe.epochs * count // PASSES
-    large = max(1, math.prod(recipe.store) // LARGE**2)
-    most = MOST // large if pictures.prepared.images.cached else min(DECODED, MOST // large)
-    return min(count, most, max(LEAST, wanted))
+        wanted = max(LEAST, recipe.epochs * count // PASSES)
+    most = MOST // max(1, pixels // LARGE**2)
+    return min(count, most if cached else min(DECODED, most), wanted)
 
 
 def _some(images: ImageSet, count: int, seed: int) -> ImageSet:
@@ -121,7 +125,8 @@ def _some(images: ImageSet, count: int, seed: int) -> ImageSet:
 
 def _small(images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
     """(normalised pictures (B, 3, H, W), the same of at most SIDE pixels), in the set's order."""
-    for batch in eval_batches(images, BATCH):
+    pixels = math.prod(images.preprocess.size)
+    for batch in eval_batches(images, max(4, min(BATCH, AT_ONCE // pixels))):
         seen = normalise(batch.images, images.preprocess)
         height, width = (min(SIDE, side) for side in seen.shape[2:])
         yield seen, F.interpolate(seen, (height, width), mode="area")
