@@ -7,6 +7,7 @@ a list beside the page, one path a line, so that the user may strike out what is
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -100,9 +101,20 @@ class Place(NamedTuple):
 
 
 def quoted(path: str | Path) -> str:
-    """A path as a word of a shell, never taken for an option."""
+    """A path as a word of a shell, never taken for an option. What cannot be printed, such as a
+    terminal's escape, stands as an octal number: a command is copied from a page."""
     text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    text = f"./{text}" if text.startswith("-") else text
+    if text.isprintable() or text.endswith("\n"):  # a shell drops line breaks at the end
+        return shlex.quote(text)
+    return f'"$(printf {shlex.quote("".join(map(_octal, text)))})"'
+
+
+def _octal(sign: str) -> str:
+    """A character of printf's format: itself, or the numbers of its bytes."""
+    if sign.isprintable() and sign not in "\\'%":
+        return sign
+    return "".join(f"\\{byte:03o}" for byte in os.fsencode(sign))
 
 
 def of_paths(paths: Iterable[str], note: str = "") -> list[dict[str, Any]]:

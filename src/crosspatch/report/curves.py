@@ -95,6 +95,24 @@ def reliability_figure(story: Story) -> Markup | None:
         return to_svg(figure, "How often answers are right against how sure they are")
 
 
+def _apart(story: Story, high: float) -> list[tuple[str, tuple[float, float]]]:
+    """Wanted precisions and where they lead to (answered, right); those whose labels would lie over
+    each other share one. high: of the axis."""
+    groups: list[tuple[list[float], tuple[float, float]]] = []
+    for wanted, left in story.thresholds():
+        if left.precision is None:
+            continue
+        place = (left.coverage, left.precision)
+        for known, other in groups:
+            if abs(place[0] - other[0]) < 0.16 and abs(place[1] - other[1]) < 0.1 * high:
+                known.append(wanted)
+                break
+        else:
+            groups.append(([wanted], place))
+    return [(", ".join(f"{100 * one:.0f}" for one in known) + " %", place)
+            for known, place in groups]  # fmt: skip
+
+
 def abstain_figure(story: Story) -> Markup | None:
     """The share that is right against the share that is answered."""
     if story.several or len(story.rows) < 2:
@@ -105,11 +123,11 @@ def abstain_figure(story: Story) -> Markup | None:
     x, y = [*x, float(found.coverage[-1])], [*y, float(found.precision[-1])]
     with sketching(4.2, 3.6) as (figure, panel):
         panel.plot(x, y, color=BLUE)
-        for wanted, left in story.thresholds():
-            if left.precision is not None:
-                panel.plot(left.coverage, left.precision, "o", color=ORANGE, markersize=6)
-                panel.annotate(f"{100 * wanted:.0f} %", (left.coverage, left.precision),
-                               (6, 4), textcoords="offset points", fontsize=8.5)  # fmt: skip
+        for wanted, place in _apart(story, 1 - min(y)):
+            panel.plot(*place, "o", color=ORANGE, markersize=6)
+            panel.annotate(wanted, place, (0, 7), textcoords="offset points", fontsize=8.5,
+                           ha="center")  # fmt: skip
+        panel.margins(y=0.12)
         panel.set_xlabel("pictures that it answers")
         panel.set_ylabel("of these right")
         panel.set_xlim(0, 1.02)

@@ -226,7 +226,7 @@ def _bars(found: Attribution, a: str, b: str | None) -> Markup:
 
 def _short(name: str, most: int = 32) -> str:
     """A class name that a figure has room for, in one line that a figure can hold."""
-    line = "".join(c if c.isprintable() else "?" for c in name)
+    line = page.visible(name)
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
