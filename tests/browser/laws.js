@@ -58,6 +58,9 @@
     const frame = svg.getBoundingClientRect(), said = svg.getAttribute('aria-label');
     const boxes = all('text', svg).filter((el) => el.textContent.trim())
       .map((el) => [el.textContent.trim(), el.getBoundingClientRect()]);
+    const letters = all('text', svg).map((el) => parseFloat(getComputedStyle(el).fontSize));
+    const scale = frame.width / (svg.viewBox.baseVal.width || frame.width);
+    if (Math.min(...letters) * scale < 7.5) faults.add(`letters too small in ${short(said)}`);
     boxes.forEach(([text, box], at) => {
       if (box.left < frame.left - 2 || box.right > frame.right + 2
         || box.top < frame.top - 2 || box.bottom > frame.bottom + 2)

@@ -16,7 +16,15 @@ from support.once import once, shared
 pytestmark = pytest.mark.long
 
 SIZES = {"wide": WIDE, "phone": PHONE}
+NO_SEARCH = "error: Failed to load resource: net::ERR_FILE_NOT_FOUND"
+"""The docs' theme looks for a search that a site opened from a folder does not have. Its plugin for
+that asks unpkg.com, so there is none."""
 FRAMED = "<main><h1>a</h1>{}</main>"
+FIGURE = "<svg role='img' aria-label='x'"
+FOCUS = """(wanted) => {
+  const one = document.activeElement;
+  return [[...document.querySelectorAll(wanted)].indexOf(one), getComputedStyle(one).outlineStyle];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def test_it_is_readable(browser: Browser, opened: Path, size: str, theme: str, s
     options = {"color_scheme": theme, "java_script_enabled": script}
     with window(browser, opened, SIZES[size], **options) as (page, noted):
         assert laws(page, site) == []
-        assert noted == []
+        assert [one for one in noted if not (site and one == NO_SEARCH)] == []
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -63,7 +71,7 @@ def test_it_prints(browser: Browser, opened: Path, theme: str) -> None:
             assert all(one.bounding_box() for one in folded.all()[:5])
             assert laws(page) == []
         assert page.pdf(format="A4").startswith(b"%PDF")
-        assert noted == []
+        assert [one for one in noted if one != NO_SEARCH] == []
 
 
 @pytest.mark.parametrize("opened", [p for p in PAGES if "site" not in p], indirect=True)
@@ -75,11 +83,7 @@ def test_the_keyboard_reaches_everything(browser: Browser, opened: Path) -> None
         reached = set()
         for _ in range(3 * places + 60):  # boxes that scroll are stops, too
             page.keyboard.press("Tab")
-            at, outline = page.evaluate(
-                "(q) => { const one = document.activeElement; return ["
-                "[...document.querySelectorAll(q)].indexOf(one), getComputedStyle(one).outlineStyle]}",
-                wanted,
-            )
+            at, outline = page.evaluate(FOCUS, wanted)
             if at >= 0:
                 assert outline != "none"
                 reached.add(at)
@@ -115,8 +119,9 @@ WRONG = {
     "without a text": "<svg></svg>",
     "nothing under": "<h2>b</h2>",
     "contrast 1": '<p style="color: #eee; background: #fff">x</p>',
-    "is cut off": '<svg role="img" aria-label="x" width="20"><text x="-9" y="50">abc</text></svg>',
-    "lies over": '<svg role="img" aria-label="x"><text y="50">abc</text><text y="52">abc</text></svg>',
+    "is cut off": f"{FIGURE} width='20'><text x='-9' y='50'>abc</text></svg>",
+    "lies over": f"{FIGURE}><text y='50'>abc</text><text y='52'>abc</text></svg>",
+    "too small": f"{FIGURE} width='50' viewBox='0 0 500 90'><text y='50'>abc</text></svg>",
     "control character": "<p>a\x1b</p>",
     "ids given twice": '<p id="a">x</p><p id="a">x</p>',
 }  # fmt: skip

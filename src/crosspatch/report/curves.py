@@ -27,9 +27,15 @@ def sketching(width: float, height: float, **subplots: Any) -> Iterator[tuple[An
 
 def percents(axis: Any) -> None:
     """Shares on an axis as percent, with as many digits as its marks need."""
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    def said(share: float, _: int | None) -> str:
+        marks = [100 * one for one in axis.get_majorticklocs()]
+        exact = (n for n in range(4) if all(abs(one - round(one, n)) < 1e-6 for one in marks))
+        digits = next(exact, 4)
+        return f"{100 * share:.{digits}f} %"
+
+    axis.set_major_formatter(FuncFormatter(said))
 
 
 def training_curves(story: Story) -> Markup | None:
@@ -125,8 +131,11 @@ def abstain_figure(story: Story) -> Markup | None:
         panel.plot(x, y, color=BLUE)
         for wanted, place in _apart(story, 1 - min(y)):
             panel.plot(*place, "o", color=ORANGE, markersize=6)
-            panel.annotate(wanted, place, (0, 7), textcoords="offset points", fontsize=8.5,
-                           ha="center")  # fmt: skip
+            offset, at = (
+                ((-7, -3), ("right", "top")) if place[0] > 0.3 else ((7, 3), ("left", "bottom"))
+            )  # where there is room for the label
+            panel.annotate(wanted, place, offset, textcoords="offset points", fontsize=8.5,
+                           ha=at[0], va=at[1])  # fmt: skip
         panel.margins(y=0.12)
         panel.set_xlabel("pictures that it answers")
         panel.set_ylabel("of these right")

@@ -242,7 +242,9 @@ def _maps(pixels: np.ndarray, shape: Layout, kept: Record, found: Attribution) -
         if own:
             last = own[-1]
             share = 1 - float(last.elsewhere.mean())
-            text = f"block {last.block}, mean of {last.heads.shape[1]} heads; patches have "
+            heads = last.heads.shape[1]
+            of = f"mean of {heads} heads" if heads > 1 else "its head"
+            text = f"block {last.block}, {of}; patches have "
             drawn.append(
                 _drawn(
                     shade(pixels, last.heads[0].mean(axis=0)),
