@@ -6,13 +6,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from crosspatch.errors import DataError
-from crosspatch.report import plain, tables
+from crosspatch.report import curves, plain, tables
 from crosspatch.report.mistakes import suspected, write_labels
 from crosspatch.report.run import page, read_report, write_report
 from crosspatch.report.story import Story, listed, named
@@ -89,6 +90,24 @@ def test_several_labels() -> None:
     assert "it got every label right on about" in text
     assert "most labels wrong" in text
     assert "taken for what" not in text
+
+
+def test_marks_of_percent_axes_have_the_digits_they_need() -> None:
+    for highest, marks in ((1.0, "0 % 50 % 100 %"), (0.01, "0.0 % 0.5 % 1.0 %")):
+        with curves.sketching(3, 3) as (_, panel):
+            panel.set_ylim(0, highest)
+            panel.set_yticks([0, highest / 2, highest])
+            curves.percents(panel.yaxis)
+            shown = [one.get_text() for one in panel.get_yticklabels()]
+        assert " ".join(shown) == marks
+
+
+def test_thresholds_that_lie_together_share_a_label(monkeypatch) -> None:
+    one = story(["a", "b", "c"])
+    places = [(0.8, 0.9, 0.8), (0.9, 0.88, 0.81), (0.95, 0.3, 0.97), (0.99, None, None)]
+    found = [(wanted, SimpleNamespace(coverage=x, precision=y)) for wanted, x, y in places]
+    monkeypatch.setattr(Story, "thresholds", lambda _: found)
+    assert curves._apart(one, 0.5) == [("80, 90 %", (0.9, 0.8)), ("95 %", (0.3, 0.97))]
 
 
 def test_no_picture_of_a_class_is_no_figure() -> None:

@@ -7,7 +7,6 @@ a list beside the page, one path a line, so that the user may strike out what is
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -114,7 +113,8 @@ def _octal(sign: str) -> str:
     """A character of printf's format: itself, or the numbers of its bytes."""
     if sign.isprintable() and sign not in "\\'%":
         return sign
-    return "".join(f"\\{byte:03o}" for byte in os.fsencode(sign))
+    how = "surrogateescape" if "\udc80" <= sign <= "\udcff" else "surrogatepass"  # as os.fsencode
+    return "".join(f"\\{byte:03o}" for byte in sign.encode("utf-8", how))
 
 
 def of_paths(paths: Iterable[str], note: str = "") -> list[dict[str, Any]]:

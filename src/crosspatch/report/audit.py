@@ -29,6 +29,7 @@ def page(found: dict[str, Any], pictures: Pictures = lambda path: None) -> str:
     return pages.render(
         "audit.html",
         found={**found, "data": pages.visible(found["data"])},
+        not_looked=[*map(pages.visible, found["not_looked"])],
         groups=[(_HEADS[level], of_level) for level, of_level in parts.items() if of_level],
         counts={level: len(of_level) for level, of_level in parts.items()},
         verdict=_verdict(parts),
