@@ -296,6 +296,13 @@ def test_a_path_comes_back_from_a_shell_as_it_was(name: str) -> None:
         ["sh", "-c", f"printf %s {quoted(name)}"], capture_output=True, check=True
     )
     assert said.stdout.decode().removeprefix("./" if name.startswith("-") else "") == name
+    assert quoted(name).isprintable() or name.endswith("\n")
+
+
+def test_commands_hold_no_escapes_of_a_terminal() -> None:
+    expected = '"$(printf ' + r"""'a\033[31m\045\200\047'""" + ')"'
+    assert quoted("a\x1b[31m%\udc80'") == expected
+    assert quoted("\ud800\t").isprintable()
 
 
 def test_an_archive_is_unpacked_first() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from crosspatch.report.audit import page
 
-HOSTILE = "<script>alert(1)</script>\"'&\udc80"
+HOSTILE = "<script>alert(1)</script>\"'&\udc80\x1b[31m"
 
 
 def found(classes: int, items: int = 3) -> dict:
@@ -33,6 +33,8 @@ def test_names_are_never_markup(classes: int) -> None:
     html = page(found(classes), lambda path: "data:image/jpeg;base64,AAAA")
     assert "<script" not in html
     assert "rm &lt;script&gt;" in html
+    assert "\\udc80\\x1b[31m" in html
+    assert html.count("\x1b") == 2  # in the commands, which `data.findings.quoted` makes printable
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", html)
     assert html.count("<img") == 3 + 2
     assert ("all 1,000 classes" in html) == (classes == 1000)

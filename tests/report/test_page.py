@@ -88,6 +88,10 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         page.write_page(tmp_path / "none" / "report.html", "x")
 
 
+def test_names_are_one_line_that_can_be_printed() -> None:
+    assert page.visible("ünd\t\x1b[31m\u202e\udc80") == "ünd\\t\\x1b[31m\\u202e\\udc80"
+
+
 def test_numbers_as_text() -> None:
     assert page.percent(0.9134) == "91.3 %"
     assert page.percent(None) == "–"

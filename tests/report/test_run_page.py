@@ -6,63 +6,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from crosspatch.errors import DataError
-from crosspatch.metrics.reliability import of_answers
-from crosspatch.metrics.tails import with_groups
-from crosspatch.report import plain, tables
+from crosspatch.report import curves, plain, tables
 from crosspatch.report.mistakes import suspected, write_labels
 from crosspatch.report.run import page, read_report, write_report
 from crosspatch.report.story import Story, listed, named
 from crosspatch.tasks.classify import Classify
-from crosspatch.tasks.multilabel import MultiLabel
-
-HOSTILE = ["<script>alert(1)</script>", "\"'&\x1b[31m\n\udc80", "x" * 300, "$\\frac{1}{2}$"]
-
-
-def probabilities(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Answers of which three in four are right; class 0 is taken for class 1."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(count) % classes
-    logits = rng.standard_normal((count, classes))
-    logits[np.arange(count), labels] += 3 * (np.arange(count) % 4 > 0)
-    logits[labels == 0, 1] += 6
-    probs = np.exp(logits)
-    return probs / probs.sum(axis=1, keepdims=True), labels
-
-
-def story(names: list[str], count: int = 240, **changed: Any) -> Story:
-    probs, labels = probabilities(count, len(names))
-    task, counts = Classify(names), [400 // (1 + place) + 8 for place in range(len(names))]
-    metrics = with_groups(task.metrics(probs, labels), counts)
-    metrics["reliability"] = {"after": of_answers(probs, labels)}
-    rows = list(task.predictions([f"<b>/{i}\n.jpg" for i in range(count)], labels, probs, "test"))
-    change = {"accuracy": 0.3, "low": 0.2, "high": 0.4, "images": 50}
-    cost = {"change": -0.4, "change_low": -0.5, "change_high": -0.3}
-    laws = [{"name": name, "exponent": 0.3, "error": 0.05} for name in names]
-    baseline = {"test": {"accuracy": 0.4, "low": 0.3, "high": 0.5, "images": count}}
-    report = {
-        "data": "leaves", "classes": names, "model": "<i>net</i>", "seconds": 12.0,
-        "config": {"recipe": {"class_counts": counts}, "run": {"command": "train <script>"}},
-        "baseline": {"features": "<u>plain</u>", "linear_probe": baseline},
-        "evidence": {
-            "robustness": [{"name": "clean", "said": "as they are", **change},
-                           {"name": "dark", "said": "dark", **change, **cost}],
-            "learning": {"train": 90, "test": 40, "sizes": [10, 20, 40, 80],
-                         "errors": [0.5, 0.4, 0.3, 0.2], "classes": laws},
-            "latency": {"median": 0.01, "low": 0.009, "high": 0.02, "count": 20,
-                        "processor": "<cpu>"},
-            "bytes": 1000, "left_out": {"neighbours": "<reason>"}, "seconds": 1.0,
-        },
-        "history": [{"epoch": e, "train_loss": 1 / e, "val_accuracy": 0.5} for e in (1, 2, 3)],
-        "best": {"epoch": 2},
-    }  # fmt: skip
-    told = {"choosing": rows, "report": report, "remarks": ("<remark>",), **changed}
-    return Story("leaves", "test", metrics, rows, **told)
+from support.made_up import HOSTILE, probabilities, several, story
 
 
 def shown(one: Story) -> str:
@@ -129,18 +85,29 @@ def test_a_report_without_evidence_or_run_is_a_page() -> None:
 
 
 def test_several_labels() -> None:
-    rng = np.random.default_rng(0)
-    probs = rng.random((60, 4))
-    labels = (probs + 0.2 * rng.standard_normal((60, 4)) > 0.5).astype(np.float32)
-    task = MultiLabel(HOSTILE)
-    metrics = task.metrics(probs, labels)
-    metrics["reliability"] = {"after": of_answers(probs, labels)}
-    rows = list(task.predictions([f"{i}.jpg" for i in range(60)], labels, probs, "test"))
-    text = text_of(shown(Story("d", "test", metrics, rows)))
+    text = text_of(shown(several(HOSTILE)))
     assert "mean average precision" in text
     assert "it got every label right on about" in text
     assert "most labels wrong" in text
     assert "taken for what" not in text
+
+
+def test_marks_of_percent_axes_have_the_digits_they_need() -> None:
+    for highest, marks in ((1.0, "0 % 50 % 100 %"), (0.01, "0.0 % 0.5 % 1.0 %")):
+        with curves.sketching(3, 3) as (_, panel):
+            panel.set_ylim(0, highest)
+            panel.set_yticks([0, highest / 2, highest])
+            curves.percents(panel.yaxis)
+            shown = [one.get_text() for one in panel.get_yticklabels()]
+        assert " ".join(shown) == marks
+
+
+def test_thresholds_that_lie_together_share_a_label(monkeypatch) -> None:
+    one = story(["a", "b", "c"])
+    places = [(0.8, 0.9, 0.8), (0.9, 0.88, 0.81), (0.95, 0.3, 0.97), (0.99, None, None)]
+    found = [(wanted, SimpleNamespace(coverage=x, precision=y)) for wanted, x, y in places]
+    monkeypatch.setattr(Story, "thresholds", lambda _: found)
+    assert curves._apart(one, 0.5) == [("80, 90 %", (0.9, 0.8)), ("95 %", (0.3, 0.97))]
 
 
 def test_no_picture_of_a_class_is_no_figure() -> None:

@@ -100,9 +100,21 @@ class Place(NamedTuple):
 
 
 def quoted(path: str | Path) -> str:
-    """A path as a word of a shell, never taken for an option."""
+    """A path as a word of a shell, never taken for an option. What cannot be printed, such as a
+    terminal's escape, stands as an octal number: a command is copied from a page."""
     text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    text = f"./{text}" if text.startswith("-") else text
+    if text.isprintable() or text.endswith("\n"):  # a shell drops line breaks at the end
+        return shlex.quote(text)
+    return f'"$(printf {shlex.quote("".join(map(_octal, text)))})"'
+
+
+def _octal(sign: str) -> str:
+    """A character of printf's format: itself, or the numbers of its bytes."""
+    if sign.isprintable() and sign not in "\\'%":
+        return sign
+    how = "surrogateescape" if "\udc80" <= sign <= "\udcff" else "surrogatepass"  # as os.fsencode
+    return "".join(f"\\{byte:03o}" for byte in sign.encode("utf-8", how))
 
 
 def of_paths(paths: Iterable[str], note: str = "") -> list[dict[str, Any]]:

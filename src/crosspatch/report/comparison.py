@@ -39,13 +39,14 @@ def comparison_page(found: Compared) -> str:
     cost = ["candidate", "calibration error", "time a run", "epochs", "images/s", "parameters",
             "multiply-adds"]  # fmt: skip
     plan = found.plan
-    budget = f"{plan.epochs} epochs" if plan.epochs else f"{plan.each or 0:.0f} s"
+    budget = plural(plan.epochs, "epoch") if plan.epochs else f"{plan.each or 0:.0f} s"
     return render(
         "compare.html",
         title=" or ".join(named(row.name, 24) for row in found.rows[:4])
         + (f" or {len(found.rows) - 4} more" if len(found.rows) > 4 else ""),
         data=named(plan.data, 80),
-        lead=(
+        lead=_answer(found),
+        trained=(
             f"Each was trained {plural(len(found.seeds), 'time')} with {budget} a run, on the same "
             f"{found.pictures['train']:,} pictures, and judged on the same "
             f"{found.pictures['test']:,}."
@@ -60,6 +61,18 @@ def comparison_page(found: Compared) -> str:
         how=list(how_measured(found)),
         command=typed(plan.command),
     )  # fmt: skip
+
+
+def _answer(found: Compared) -> str:
+    """The whole comparison in a sentence."""
+    base = named(found.baseline.name, 24)
+    better = [named(row.name, 24) for row in found.rows[1:] if _level(row) == "good"]
+    worse = [named(row.name, 24) for row in found.rows[1:] if _level(row) == "bad"]
+    if better:
+        return f"Better than {base}: {', '.join(better)}."
+    if len(worse) == len(found.rows) - 1:
+        return f"Keep {base}: {'it is better' if len(worse) == 1 else 'all others are worse'}."
+    return f"Nothing was shown to be better than {base}."
 
 
 def _level(row: Row) -> str:
@@ -131,6 +144,7 @@ def learning_curves(found: Compared) -> Markup | None:
             mean = np.mean([line[:least] for line in lines], axis=0)
             panel.plot(*mean.T, color=colour, label=named(row.name, 26),
                        marker="o" if least == 1 else None)  # fmt: skip
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_xlabel("steps")
         percents(panel.yaxis)
         panel.legend()

@@ -27,9 +27,15 @@ def sketching(width: float, height: float, **subplots: Any) -> Iterator[tuple[An
 
 def percents(axis: Any) -> None:
     """Shares on an axis as percent, with as many digits as its marks need."""
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    def said(share: float, _: int | None) -> str:
+        marks = [100 * one for one in axis.get_majorticklocs()]
+        exact = (n for n in range(4) if all(abs(one - round(one, n)) < 1e-6 for one in marks))
+        digits = next(exact, 4)
+        return f"{100 * share:.{digits}f} %"
+
+    axis.set_major_formatter(FuncFormatter(said))
 
 
 def training_curves(story: Story) -> Markup | None:
@@ -95,6 +101,24 @@ def reliability_figure(story: Story) -> Markup | None:
         return to_svg(figure, "How often answers are right against how sure they are")
 
 
+def _apart(story: Story, high: float) -> list[tuple[str, tuple[float, float]]]:
+    """Wanted precisions and where they lead to (answered, right); those whose labels would lie over
+    each other share one. high: of the axis."""
+    groups: list[tuple[list[float], tuple[float, float]]] = []
+    for wanted, left in story.thresholds():
+        if left.precision is None:
+            continue
+        place = (left.coverage, left.precision)
+        for known, other in groups:
+            if abs(place[0] - other[0]) < 0.16 and abs(place[1] - other[1]) < 0.1 * high:
+                known.append(wanted)
+                break
+        else:
+            groups.append(([wanted], place))
+    return [(", ".join(f"{100 * one:.0f}" for one in known) + " %", place)
+            for known, place in groups]  # fmt: skip
+
+
 def abstain_figure(story: Story) -> Markup | None:
     """The share that is right against the share that is answered."""
     if story.several or len(story.rows) < 2:
@@ -105,11 +129,14 @@ def abstain_figure(story: Story) -> Markup | None:
     x, y = [*x, float(found.coverage[-1])], [*y, float(found.precision[-1])]
     with sketching(4.2, 3.6) as (figure, panel):
         panel.plot(x, y, color=BLUE)
-        for wanted, left in story.thresholds():
-            if left.precision is not None:
-                panel.plot(left.coverage, left.precision, "o", color=ORANGE, markersize=6)
-                panel.annotate(f"{100 * wanted:.0f} %", (left.coverage, left.precision),
-                               (6, 4), textcoords="offset points", fontsize=8.5)  # fmt: skip
+        for wanted, place in _apart(story, 1 - min(y)):
+            panel.plot(*place, "o", color=ORANGE, markersize=6)
+            offset, at = (
+                ((-7, -3), ("right", "top")) if place[0] > 0.3 else ((7, 3), ("left", "bottom"))
+            )  # where there is room for the label
+            panel.annotate(wanted, place, offset, textcoords="offset points", fontsize=8.5,
+                           ha=at[0], va=at[1])  # fmt: skip
+        panel.margins(y=0.12)
         panel.set_xlabel("pictures that it answers")
         panel.set_ylabel("of these right")
         panel.set_xlim(0, 1.02)

@@ -226,7 +226,7 @@ def _bars(found: Attribution, a: str, b: str | None) -> Markup:
 
 def _short(name: str, most: int = 32) -> str:
     """A class name that a figure has room for, in one line that a figure can hold."""
-    line = "".join(c if c.isprintable() else "?" for c in name)
+    line = page.visible(name)
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
@@ -242,7 +242,9 @@ def _maps(pixels: np.ndarray, shape: Layout, kept: Record, found: Attribution) -
         if own:
             last = own[-1]
             share = 1 - float(last.elsewhere.mean())
-            text = f"block {last.block}, mean of {last.heads.shape[1]} heads; patches have "
+            heads = last.heads.shape[1]
+            of = f"mean of {heads} heads" if heads > 1 else "its head"
+            text = f"block {last.block}, {of}; patches have "
             drawn.append(
                 _drawn(
                     shade(pixels, last.heads[0].mean(axis=0)),

@@ -21,6 +21,9 @@ INK, SOFT, RULE, PAPER = "#010101", "#010102", "#010103", "#010104"
 COLOURS = tuple(f"#0102{i:02x}" for i in range(1, 7))
 """Six hues that colour-blind readers tell apart, after Okabe and Ito."""
 
+LEAST = 0.7
+"""Of its width, to which a narrow screen shrinks a figure; below, letters cannot be read."""
+
 _VARIABLES = {INK: "ink", SOFT: "soft", RULE: "rule", PAPER: "paper"} | {
     colour: f"s{i}" for i, colour in enumerate(COLOURS, 1)
 }
@@ -77,5 +80,7 @@ def to_svg(figure: Any, said: str) -> Markup:
         text = text.replace(colour, f"var(--{variable})")
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", text)
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{escape(said)}" ', 1)
+    least = round(LEAST * 96 * figure.get_figwidth())
+    own = f'role="img" aria-label="{escape(said)}" style="min-width: {least}px"'
+    text = text.replace("<svg ", f"<svg {own} ", 1)
     return Markup(text)

@@ -17,19 +17,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from crosspatch.catalog import address
+from crosspatch.report.page import visible
 
 SPECIAL = re.compile(r"[\\`*_\[\]|~$]")
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 LINK = re.compile(r"(?<=\w)(://)|(?<=\bwww)\.|(?<=\w)@(?=\w)", re.IGNORECASE)
 START = re.compile(r"^\s*(?:[-+=#]+|\d+[.)])(?=\s|$)")
 """What would begin a heading, a list or a rule."""
-
-
-def visible(value: str) -> str:
-    """One printable line: control characters, marks of direction and lone surrogates as \\x.."""
-    if value.isprintable():
-        return value
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
 
 
 def text(value: Any) -> Markup:

@@ -57,7 +57,15 @@ def thumbnail(image: Image.Image, side: int = THUMB) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode("ascii")
 
 
-# ---------------------------------------------------------------------- numbers as text
+# ---------------------------------------------------------------------- what people read
+
+
+def visible(value: object) -> str:
+    """One printable line: control characters, marks of direction and lone surrogates as \\x.."""
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from crosspatch.data.sources import Source
 from crosspatch.metrics.abstain import Answered, answered, threshold_for
+from crosspatch.report.page import visible
 
 WANTED = (0.8, 0.9, 0.95, 0.99)
 """Precisions for which a threshold is looked for."""
@@ -105,10 +106,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def named(text: object, most: int = LONGEST) -> str:
     """A name as one short printable line."""
-    name = str(text)
-    if not name.isprintable():
-        kept = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-        name = "".join(kept)
+    name = visible(text)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
