@@ -3,13 +3,13 @@
     python benchmarks/backbones.py speed [--threads 2] [--seconds 12] [--only NAME …]
     python benchmarks/backbones.py learn --data FOLDER --out FOLDER [--epochs 5] [--seeds 3]
            [--threads 1] [--time 2h]
-    python benchmarks/backbones.py page
+    python benchmarks/backbones.py page | remember
 
 speed: one variant of each paper beside the timm network whose multiply-adds are nearest, at batch
 1 and 8, in one process and in alternation; rows go into results/backbones.csv. learn: the small
 presets, whose multiply-adds are alike, by `crosspatch compare` with one recipe, against the preset
 that `train` takes; FOLDER holds train/CLASS/ and test/CLASS/ of pictures of 32 pixels. page: writes
-docs/backbones.md from both.
+docs/backbones.md from both; remember: the papers' entries in the catalog.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import timm
 import torch
 
 import crosspatch as xp
+from crosspatch import catalog
 from crosspatch.catalog import tables
 from crosspatch.cli.compare import Whole
 from crosspatch.cli.compare import _print as show
@@ -58,6 +59,7 @@ SMALL = (
     "cvt_micro_32", "dhvt_micro_32", "crossformer_micro_32", "cat_micro_32", "smt_micro_32",
     "hornet_micro_32", "metaformer_micro_32", "fcaformer_micro_32", "duoformer_micro_32",
 )  # fmt: skip
+SLUGS: dict[str, str] = {}  # of presets whose paper has another name
 SIDE = 224
 
 
@@ -174,6 +176,34 @@ def page(asked: argparse.Namespace) -> None:
     PAGE.write_text("\n".join(lines))
 
 
+def remember(asked: argparse.Namespace) -> None:
+    """The catalog, of what the small presets learnt in equal epochs and in equal minutes."""
+    del asked
+    for name, how in (("learn", ""), ("time", " in equal minutes")):
+        kept = (RESULTS / f"backbones-{name}").with_suffix(".json")
+        about = json.loads(kept.read_text())
+        base, *others = about["results"]["candidates"]
+        for one in others:
+            catalog.record(one["name"], [_outcome(one, base, how, about)])
+
+
+def _outcome(one: dict, base: dict, how: str, about: dict) -> catalog.Measured:
+    model, found, day = one["settings"]["model"], one["difference"], facts()
+    shares = [f"{100 * each['accuracy']['mean']:.1f} %" for each in (one, base)]
+    seeds = len(about["results"]["seeds"])
+    return catalog.Measured(
+        claim=f"With the multiply-adds of {BASE}, {model} learns 8,500 small pictures as well"
+        f"{how}.",
+        figure=f"{100 * found['mean']:+.1f} points of test accuracy against {BASE}",
+        interval=tuple(round(100 * found[end], 2) for end in ("low", "high")),
+        hardware=day["machine"],
+        command=about["command"],
+        date=day["date"],
+        verdict=f"{one['verdict']} ({seeds} seeds, {one['epochs']:.3g} epochs, {shares[0]} "
+        f"against {shares[1]}); no claim of the paper",
+    )
+
+
 def _papers() -> list[str]:
     """A line for each paper that brings a network."""
     return [tables.block("backbones"), "", "What differs from the authors' code stands in "
@@ -224,7 +254,7 @@ def _large() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(required=True)
-    for verb in (speed, learn, page):
+    for verb in (speed, learn, page, remember):
         one = verbs.add_parser(verb.__name__)
         one.set_defaults(verb=verb)
         one.add_argument("--threads", type=int, default=2 if verb is speed else 1)
