@@ -18,7 +18,7 @@ import numpy as np
 from crosspatch.data.opening import open_source
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.explain.resizing import conclusions, measure
-from crosspatch.training.package import load_model, load_untrained
+from crosspatch.training.package import load_model, load_untrained, model_folder, read_config
 from hardware import RESULTS, append, facts
 
 
@@ -41,6 +41,7 @@ def main() -> None:
         given.out,
         [
             {
+                "model": read_config(model_folder(given.run))["architecture"],
                 "features": one.features,
                 "size": one.size[0],
                 "normalised": one.normalised,
