@@ -213,9 +213,9 @@ def test_the_families_stand_for_every_registered_name() -> None:
 @pytest.mark.parametrize(
     ("name", "operator"),
     [
-        ("nextvit_micro_32", "BatchNormalization"),
-        ("convnext_micro_32", "Mul"),
-        ("convnext_isotropic_micro_32", "Mul"),
+        ("nextvit_micro_32", "batch_norm"),
+        ("convnext_micro_32", "mul"),
+        ("convnext_isotropic_micro_32", "mul"),
     ],
 )
 def test_norms_and_scales_are_folded_into_weights(name: str, operator: str, monkeypatch) -> None:
@@ -224,8 +224,7 @@ def test_norms_and_scales_are_folded_into_weights(name: str, operator: str, monk
     shipped = Shipped(model, Preprocess((32, 32), (32, 32)))
 
     def count() -> int:
-        nodes = to_onnx(trace(shipped)).graph.node
-        return sum(node.op_type == operator for node in nodes)
+        return sum(operator in str(node.target) for node in trace(shipped).graph.nodes)
 
     folded = count()
     monkeypatch.setattr(type(model), "for_inference", lambda self: self)

@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import os
 import tomllib
 from dataclasses import asdict, dataclass, fields
@@ -139,13 +140,20 @@ def load(slug: str, folder: Path = HERE) -> Entry:
             f"near it: {near(slug, slugs(folder)) or 'nothing'}",
         )
     path = folder / f"{slug}.toml"
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _read(path: Path, changed: int) -> Entry:
+    """The entry in a file, as it was at that time."""
+    del changed
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
         rows = tuple(_measured(row) for row in given.pop("measured", ()))
         plain: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in given.items()
         }
-        entry = Entry(slug=slug, measured=rows, **plain)
+        entry = Entry(slug=path.stem, measured=rows, **plain)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} cannot be read ({error})", "an entry", "put it back") from error
     if entry.status not in STATUSES or not set(entry.kinds) <= set(KINDS):
