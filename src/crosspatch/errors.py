@@ -48,6 +48,20 @@ def option(name: str, value: object) -> str:
     return flag if value is True else f"{flag} {value}"
 
 
+def visible(value: object) -> str:
+    """As one printable line: control characters, marks of direction and undecodable bytes of names
+    are escaped."""
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in a line: what we got, or the error of another package by its name."""
+    return error.got if isinstance(error, CrosspatchError) else f"{type(error).__name__}: {error}"
+
+
 def near(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names most like `name` (upper and lower case are alike), as text for an error, or
     an empty string."""

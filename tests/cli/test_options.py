@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from crosspatch.cli import words
 from crosspatch.cli.options import positive, seconds, side, typed
 from crosspatch.cli.train import Budget, Choices, default_out
-from crosspatch.errors import UsageError
+from crosspatch.errors import UsageError, visible
 
 
 def token(text: str) -> list[Any]:
@@ -66,7 +66,7 @@ def test_a_command_is_read_back_as_its_words(first: str, second: str) -> None:
 
 @given(st.text())
 def test_names_show_no_control_characters(name: str) -> None:
-    assert words.visible(name).isprintable()
+    assert visible(name).isprintable()
 
 
 def test_words() -> None:
@@ -85,7 +85,7 @@ def test_words() -> None:
     assert words.plural(1, "class", "classes") == "1 class"
     assert words.plural(1200, "class", "classes") == "1,200 classes"
     assert words.listing("abc", 2) == "a, b and 1 more"
-    assert words.visible("a\x1b[2J\udcffé") == "a\\x1b[2J\\udcffé"
+    assert visible("a\x1b[2J\udcffé") == "a\\x1b[2J\\udcffé"
 
 
 def test_only_what_was_typed_overrides_the_plan() -> None:

@@ -7,7 +7,7 @@ import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
-from crosspatch.errors import UsageError
+from crosspatch.errors import UsageError, visible
 from crosspatch.report import figures, page
 
 HOSTILE = "<script>alert(1)</script>\"'&\udc80"
@@ -89,7 +89,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_names_are_one_line_that_can_be_printed() -> None:
-    assert page.visible("ünd\t\x1b[31m\u202e\udc80") == "ünd\\t\\x1b[31m\\u202e\\udc80"
+    assert visible("ünd\t\x1b[31m\u202e\udc80") == "ünd\\t\\x1b[31m\\u202e\\udc80"
 
 
 def test_numbers_as_text() -> None:

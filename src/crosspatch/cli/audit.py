@@ -23,7 +23,7 @@ from crosspatch.cli.options import (
     reading_of,
 )
 from crosspatch.cli.predict import existing_model
-from crosspatch.errors import CrosspatchError, UsageError
+from crosspatch.errors import CrosspatchError, UsageError, visible
 
 if TYPE_CHECKING:
     from crosspatch.cli.screen import Screen
@@ -219,5 +219,5 @@ def _print(screen: Screen, found: Audit, out: Path) -> None:
 
 
 def _indented(screen: Screen, text: str, by: int = 4) -> None:
-    for line in textwrap.wrap(words.visible(text), 80 - by, break_on_hyphens=False):
+    for line in textwrap.wrap(visible(text), 80 - by, break_on_hyphens=False):
         screen.line(" " * by + line)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crosspatch.errors import CrosspatchError
+from crosspatch.errors import reason
 
 
 def renew(screen: Any, run: Path, note: Callable[[], bool] | None = None) -> str | None:
@@ -20,8 +20,5 @@ def renew(screen: Any, run: Path, note: Callable[[], bool] | None = None) -> str
 
         return str(write_card(run))
     except Exception as error:
-        why = (
-            error.got if isinstance(error, CrosspatchError) else f"{type(error).__name__}: {error}"
-        )
-        screen.line(f"card.md was not written: {why}", "yellow")
+        screen.line(f"card.md was not written: {reason(error)}", "yellow")
         return None

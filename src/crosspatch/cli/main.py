@@ -32,7 +32,7 @@ from cyclopts.exceptions import (
 
 import crosspatch
 from crosspatch.cli.options import TOKENS
-from crosspatch.errors import CrosspatchError, Interrupted, UsageError, near
+from crosspatch.errors import CrosspatchError, Interrupted, UsageError, near, visible
 
 VERBS = {
     "audit": ("crosspatch.cli.audit:audit", "Look at pictures before a training."),
@@ -139,8 +139,6 @@ def _tell(failure: CrosspatchError, as_json: bool) -> None:
     """Three lines on stderr: they are wrapped by the terminal only, so that a path stays whole."""
     from rich.console import Console
     from rich.text import Text
-
-    from crosspatch.cli.words import visible
 
     if as_json:
         parts = {"got": failure.got, "expected": failure.expected, "do": failure.do}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crosspatch.errors import CrosspatchError, Interrupted
+from crosspatch.errors import Interrupted, reason
 
 if TYPE_CHECKING:
     from crosspatch.cli.screen import Screen
@@ -25,10 +25,7 @@ def told(screen: Screen, out: Path, write: Callable[[], Path], again: str) -> st
         kept = f"{out} is whole; only its page is missing"
         raise Interrupted("stopped by Ctrl-C", kept, again) from stop
     except Exception as error:  # whatever a page lacks, the run is there
-        got = (
-            error.got if isinstance(error, CrosspatchError) else f"{type(error).__name__}: {error}"
-        )
-        screen.line(f"the page could not be written: {got}", "yellow")
+        screen.line(f"the page could not be written: {reason(error)}", "yellow")
         screen.line(f"{out} is whole; only its page is missing", "yellow")
         screen.line(f"to try again, type: {again}", "yellow")
         return None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crosspatch.cli.options import Output, at_least, existing_run
-from crosspatch.errors import DataError, UsageError
+from crosspatch.errors import DataError, UsageError, visible
 
 if TYPE_CHECKING:
     from crosspatch.deploy.predictor import Predictions
@@ -181,12 +181,12 @@ def _explain(screen: Any, target: Path, run: Path, trained: Any, paths: list[str
     html = explained(
         run,
         *paths,
-        names=[words.visible(path) for path in paths],
+        names=[visible(path) for path in paths],
         trained=trained,
         progress=lambda done, total: screen.progress("explaining", done, total),
     )
     write_page(target, html)
-    screen.line(f"{words.visible(str(target))}: why, for {words.plural(len(paths), 'picture')}")
+    screen.line(f"{visible(str(target))}: why, for {words.plural(len(paths), 'picture')}")
 
 
 def find(names: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -299,7 +299,7 @@ def _print(screen: Any, rows: list[dict[str, Any]], unreadable: list[tuple[str, 
     width = min(max((cell_len(row["path"]) for row in rows), default=0), 40)
     for row in rows:
         top = _said(row.get("labels", row["top"])) or f"none (nearest: {_said(row['top'][:1])})"
-        path = words.visible(row["path"])
+        path = visible(row["path"])
         screen.line(f"{path + ' ' * (width - cell_len(path))}  {top}")
     if unreadable and rows:
         screen.line()

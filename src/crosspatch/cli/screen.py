@@ -22,6 +22,7 @@ from rich.text import Text
 
 import crosspatch
 from crosspatch.cli import several, words
+from crosspatch.errors import visible
 from crosspatch.training import launch
 
 WIDTH = 80
@@ -87,7 +88,7 @@ class Screen:
 
     def line(self, text: str = "", style: str = "") -> None:
         """One line that only the terminal wraps, so that paths and commands stay whole."""
-        self.console.print(Text(words.visible(text), style), soft_wrap=True)
+        self.console.print(Text(visible(text), style), soft_wrap=True)
 
     def lines(self, rows: Iterable[several.Line]) -> None:
         """Lines with their styles."""
@@ -138,7 +139,7 @@ class Screen:
         what = f"the {role} of a run" if role else f"crosspatch {crosspatch.__version__}"
         self.line(f"{what} on {info.get('data', 'pictures')}", "bold")
         for name, text in _plan_rows(info):
-            parts = textwrap.wrap(words.visible(text), WIDTH - 14, break_on_hyphens=False) or [""]
+            parts = textwrap.wrap(visible(text), WIDTH - 14, break_on_hyphens=False) or [""]
             for place, part in enumerate(parts):
                 label = Text(f"  {'' if place else name:<12}", "cyan")
                 self.console.print(label, part, sep="", soft_wrap=True)
@@ -276,11 +277,11 @@ class Screen:
             self.lines(several.class_table(metrics))
             return
         rows = [row for row in metrics["classes"] if row["support"] or row["precision"] is not None]
-        width = min(max([5, *(cell_len(words.visible(row["name"])) for row in rows)]), 24)
+        width = min(max([5, *(cell_len(visible(row["name"])) for row in rows)]), 24)
         head = f"  {'class':{width}}  pictures  precision   recall    95 % range       F1"
         self.line(head, "cyan")
         for row in rows:
-            name = set_cell_size(words.visible(row["name"]), width)
+            name = set_cell_size(visible(row["name"]), width)
             span = words.interval(row["recall_low"], row["recall_high"]) if row["support"] else "–"
             self.line(
                 f"  {name}  {row['support']:>8,}  {words.percent(row['precision']):>9}"

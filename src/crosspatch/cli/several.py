@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from rich.cells import cell_len, set_cell_size
 
 from crosspatch.cli import words
+from crosspatch.errors import visible
 
 
 class Line(NamedTuple):
@@ -69,13 +70,13 @@ def worst_classes(metrics: dict[str, Any], most: int = 3) -> Iterator[Line]:
 def class_table(metrics: dict[str, Any]) -> Iterator[Line]:
     """Threshold, average precision, precision, recall and F1 of every class that occurs."""
     rows = [row for row in metrics["classes"] if row["support"] or row["precision"] is not None]
-    width = min(max([5, *(cell_len(words.visible(row["name"])) for row in rows)]), 14)
+    width = min(max([5, *(cell_len(visible(row["name"])) for row in rows)]), 14)
     yield Line(
         f"  {'class':{width}}  pictures  from       AP    prec.   recall  95 % range       F1",
         "cyan",
     )
     for row in rows:
-        name = set_cell_size(words.visible(row["name"]), width)
+        name = set_cell_size(visible(row["name"]), width)
         span = words.interval(row["recall_low"], row["recall_high"]) if row["support"] else "–"
         yield Line(
             f"  {name}  {row['support']:>8,}  {words.number(row['threshold'], 2)}"

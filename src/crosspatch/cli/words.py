@@ -68,10 +68,3 @@ def listing(names: Iterable[str], most: int = 8) -> str:
     names = list(names)
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def visible(text: str) -> str:
-    """Text as one printable line: control characters and undecodable bytes of names are escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

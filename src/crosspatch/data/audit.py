@@ -21,7 +21,7 @@ from crosspatch.data.checks import (
     shape_findings,
     spectrum_findings,
 )
-from crosspatch.data.findings import Finding, quoted
+from crosspatch.data.findings import Finding, Place, quoted
 from crosspatch.data.labels import is_one_name, numbers
 from crosspatch.data.leakage import (
     burst_findings,
@@ -36,6 +36,7 @@ from crosspatch.data.looking import Look, look_at
 from crosspatch.data.skipped import quoting
 from crosspatch.data.sources import Source
 from crosspatch.data.traps import Counts, folder_counts, trap_findings
+from crosspatch.errors import DataError
 
 __all__ = ["Audit", "Finding", "audit"]
 
@@ -150,7 +151,7 @@ def judge(opened: Opened, looks: Sequence[Look], spec: str, began: float) -> Aud
         going[finding.kind] = taken_out
     findings += spectrum_findings(opened, looks)
     if opened.refusal is not None and not any(one.level == "bad" for one in findings):
-        findings.append(_refused(opened))
+        findings.append(_refused(opened.refusal, opened.place))
     made = Audit(
         spec, opened, [], _class_rows(opened, looks), _histograms(looks),
         _often(look.header.mode for look in looks if look.header),
@@ -163,12 +164,10 @@ def judge(opened: Opened, looks: Sequence[Look], spec: str, began: float) -> Aud
     return made
 
 
-def _refused(opened: Opened) -> Finding:
-    problem = opened.refusal
-    assert problem is not None
+def _refused(problem: DataError, place: Place) -> Finding:
     return Finding(
         "bad", "refused", "A training would not start", f"{problem.got}. {problem.expected}. "
-        f"{problem.do}.", opened.place.again(), [],
+        f"{problem.do}.", place.again(), [],
     )  # fmt: skip
 
 

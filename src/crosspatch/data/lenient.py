@@ -41,24 +41,25 @@ def open_leniently(spec: str, beside: Path, **reading: Any) -> Opened:
     """
     kind, plain = _kind(spec)
     place = Place(plain, kind, beside)
-    refusal, source = None, None
     try:
         source = open_source(spec, **reading)
-    except DataError as problem:
+    except DataError as refusal:
         if kind not in ("folder", "archive"):
             raise
-        refusal = problem
-    tree = _tree(plain, kind)
-    if tree is None or (source is not None and not _by_folder(source)):
-        assert source is not None
+        return _as_names_allow(plain, kind, place, refusal)
+    if kind not in ("folder", "archive") or not _by_folder(source):
         return Opened(source, place, None, None, "", {})
+    tree = _tree(plain, kind)
     top, splits = _shape(tree)
-    if source is None:
-        assert refusal is not None
-        layout = _lay_out(tree, top, splits, refusal)
-        source = TreeSource(Path(plain).resolve().name or "data", tree, layout)
-    elif kind == "folder":
-        top = ""
+    return Opened(source, place, tree, None, "" if kind == "folder" else top, splits)
+
+
+def _as_names_allow(plain: str, kind: str, place: Place, refusal: DataError) -> Opened:
+    """What a training refuses."""
+    tree = _tree(plain, kind)
+    top, splits = _shape(tree)
+    layout = _lay_out(tree, top, splits, refusal)
+    source = TreeSource(Path(plain).resolve().name or "data", tree, layout)
     return Opened(source, place, tree, refusal, top, splits)
 
 
@@ -76,10 +77,8 @@ def _kind(spec: str) -> tuple[str, str]:
     return "archive", packed
 
 
-def _tree(plain: str, kind: str) -> Tree | None:
-    if kind == "folder":
-        return FolderTree(plain)
-    return open_archive(Path(plain)) if kind == "archive" else None
+def _tree(plain: str, kind: str) -> Tree:
+    return FolderTree(plain) if kind == "folder" else open_archive(Path(plain))
 
 
 def _by_folder(source: Source) -> bool:

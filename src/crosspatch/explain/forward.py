@@ -233,7 +233,8 @@ def norm(layer: nn.Module, x: Tensor, part: Part, watch: Watch) -> Tensor:
     """A LayerNorm whose spread is held, and whose bias is a part."""
     if isinstance(layer, nn.Identity):
         return x
-    assert isinstance(layer, nn.LayerNorm)
+    if not isinstance(layer, nn.LayerNorm):
+        raise TypeError(f"{type(layer).__name__} for a norm; expected a LayerNorm")
     centred = x - x.mean(dim=-1, keepdim=True)
     inverse = (centred.square().mean(dim=-1, keepdim=True) + layer.eps).rsqrt()
     y = centred * watch.hold(part, inverse) * layer.weight

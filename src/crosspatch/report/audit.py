@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from crosspatch.errors import visible
 from crosspatch.report import figures
 from crosspatch.report import page as pages
 
@@ -28,8 +29,8 @@ def page(found: dict[str, Any], pictures: Pictures = lambda path: None) -> str:
     classes = sorted(found["classes"], key=lambda one: (-one["all"], one["name"]))
     return pages.render(
         "audit.html",
-        found={**found, "data": pages.visible(found["data"])},
-        not_looked=[*map(pages.visible, found["not_looked"])],
+        found={**found, "data": visible(found["data"])},
+        not_looked=[*map(visible, found["not_looked"])],
         groups=[(_HEADS[level], of_level) for level, of_level in parts.items() if of_level],
         counts={level: len(of_level) for level, of_level in parts.items()},
         verdict=_verdict(parts),
@@ -64,19 +65,19 @@ def _shown(finding: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
     for one in singles[:SINGLES]:
         address = pictures(one["path"])
         if address:
-            said = filter(None, map(pages.visible, (one["path"], one.get("note", ""))))
+            said = filter(None, map(visible, (one["path"], one.get("note", ""))))
             thumbs.append((address, " · ".join(said)))
     together = []
     for one in sets[:SETS]:
-        found = [(pictures(path), pages.visible(path)) for path in one["paths"][:MEMBERS]]
+        found = [(pictures(path), visible(path)) for path in one["paths"][:MEMBERS]]
         shown = [(address, path) for address, path in found if address]
         if shown:
-            together.append({"note": pages.visible(one.get("note", "")), "pictures": shown,
+            together.append({"note": visible(one.get("note", "")), "pictures": shown,
                              "more": len(one["paths"]) - len(shown)})  # fmt: skip
     named = [(one["path"], one.get("note", "")) for one in singles]
     named += [(" = ".join(one["paths"]), one.get("note", "")) for one in sets]
-    named = [(pages.visible(name), pages.visible(note)) for name, note in named]
-    told = {key: pages.visible(finding[key]) for key in ("title", "text")}
+    named = [(visible(name), visible(note)) for name, note in named]
+    told = {key: visible(finding[key]) for key in ("title", "text")}
     return {**finding, **told, "thumbs": thumbs, "sets": together, "named": named[:NAMED],
             "unnamed": max(0, len(named) - NAMED)}  # fmt: skip
 
@@ -92,7 +93,7 @@ def _class_head(found: dict[str, Any]) -> list[str]:
 
 def _class_row(row: dict[str, Any], found: dict[str, Any]) -> list[Any]:
     counts = [f"{row[split]:,}" for split in _splits(found)]
-    return [pages.visible(row["name"]), *counts, f"{row['all']:,}", f"{row['unreadable'] or ''}"]
+    return [visible(row["name"]), *counts, f"{row['all']:,}", f"{row['unreadable'] or ''}"]
 
 
 def _class_figure(classes: list[dict[str, Any]]) -> Markup:
@@ -142,5 +143,5 @@ def _histograms(found: dict[str, dict[str, Any]]) -> Markup:
 
 
 def _cut(name: str, most: int = 28) -> str:
-    plain = pages.visible(name)
+    plain = visible(name)
     return plain if len(plain) <= most else f"{plain[: most - 1]}…"

@@ -110,14 +110,12 @@ def _cost(row: Row) -> list[str]:
 
 def differences(found: Compared) -> Markup | None:
     """Each candidate's difference from the first, with its interval; seeds as ticks."""
-    rows = [row for row in found.rows if row.difference is not None]
-    if not rows:
+    gaps = [(row, row.difference) for row in found.rows if row.difference is not None]
+    if not gaps:
         return None
     theirs = {run.seed: run.correct.mean() for run in found.baseline.runs}
-    with sketching(7.4, 1.0 + 0.42 * len(rows)) as (figure, panel):
-        for place, row in enumerate(rows):
-            gap = row.difference
-            assert gap is not None
+    with sketching(7.4, 1.0 + 0.42 * len(gaps)) as (figure, panel):
+        for place, (row, gap) in enumerate(gaps):
             colour = COLOURS[place % len(COLOURS)]
             panel.plot([100 * gap.low, 100 * gap.high], [place, place], color=colour)
             panel.plot(100 * gap.mean, place, "o", color=colour)
@@ -125,8 +123,8 @@ def differences(found: Compared) -> Markup | None:
                      for run in row.runs if run.seed in theirs]  # fmt: skip
             panel.plot(ticks, [place + 0.25] * len(ticks), "|", color=colour)
         panel.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        panel.set_yticks(range(len(rows)), [named(row.name, 26) for row in rows])
-        panel.set_ylim(len(rows) - 0.4, -0.6)
+        panel.set_yticks(range(len(gaps)), [named(row.name, 26) for row, _ in gaps])
+        panel.set_ylim(len(gaps) - 0.4, -0.6)
         panel.set_xlabel(f"points against {named(found.baseline.name, 26)}")
         return svg(figure, "Differences of test accuracy from the first candidate")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from crosspatch.data.augment import normalise
 from crosspatch.deploy.predictor import Picture, Predictor
 from crosspatch.deploy.torch_engine import TorchEngine
-from crosspatch.errors import UsageError
+from crosspatch.errors import UsageError, visible
 from crosspatch.explain.attention import (
     ClassMap,
     Layout,
@@ -226,7 +226,7 @@ def _bars(found: Attribution, a: str, b: str | None) -> Markup:
 
 def _short(name: str, most: int = 32) -> str:
     """A class name that a figure has room for, in one line that a figure can hold."""
-    line = page.visible(name)
+    line = visible(name)
     return line if len(line) <= most else line[: most - 1] + "…"
 
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from crosspatch.catalog import address
-from crosspatch.report.page import visible
+from crosspatch.errors import visible
 
 SPECIAL = re.compile(r"[\\`*_\[\]|~$]")
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}

@@ -60,14 +60,6 @@ def thumbnail(image: Image.Image, side: int = THUMB) -> str:
 # ---------------------------------------------------------------------- what people read
 
 
-def visible(value: object) -> str:
-    """One printable line: control characters, marks of direction and lone surrogates as \\x.."""
-    text = str(value)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def percent(share: float | None, digits: int = 1) -> str:
     """0.913 as "91.3 %"; a dash for none."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from crosspatch.data.sources import Source
+from crosspatch.errors import visible
 from crosspatch.metrics.abstain import Answered, answered, threshold_for
-from crosspatch.report.page import visible
 
 WANTED = (0.8, 0.9, 0.95, 0.99)
 """Precisions for which a threshold is looked for."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from crosspatch.data.prepare import ImageSet
 from crosspatch.metrics.classification import accuracy, accuracy_interval
 from crosspatch.metrics.multilabel import map_interval, mean_average_precision
 from crosspatch.metrics.neighbours import class_means
-from crosspatch.metrics.ridge import PENALTIES, fit_layers, one_hot
+from crosspatch.metrics.ridge import PENALTIES, Layer, fit_layers, one_hot
 from crosspatch.tasks import plain
 from crosspatch.training.image_features import image_statistics, learn_patches, patch_features
 from crosspatch.training.pictures import Pictures, once
@@ -158,20 +159,15 @@ def _linear(
     """(the features that validation prefers, what the best layer on them says of val and test)."""
     train, val = parts["train"], parts.get("val")
     targets = one_hot(train.labels, classes) if train.labels.ndim == 1 else train.labels
-    best, chosen = -1.0, (UNCHOSEN[0], None)
+    tried = list[tuple[float, str, Layer]]()
     for name, known in train.features.items():
         if val is None and name != UNCHOSEN[0]:
             continue
         penalties = PENALTIES if val is not None else UNCHOSEN[1:]
         for layer in fit_layers(known, targets, penalties):
-            figure = 0.0
-            if val is not None:
-                scores = layer(val.features[name])
-                figure = _figure(scores, val.labels)
-            if figure > best:
-                best, chosen = figure, (name, layer)
-    name, layer = chosen
-    assert layer is not None
+            figure = 0.0 if val is None else _figure(layer(val.features[name]), val.labels)
+            tried.append((figure, name, layer))
+    _, name, layer = max(tried, key=itemgetter(0))  # of equal ones the first
     return name, {
         split: layer(part.features[name]) for split, part in parts.items() if split != "train"
     }
