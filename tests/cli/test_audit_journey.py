@@ -17,6 +17,7 @@ from crosspatch.data.opening import open_source
 def photos(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pictures of five classes, one of them cut short, another with a name like markup."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     for file in pictures.glob("*/*"):
         place = tmp_path / "photos" / f"digit {file.parent.name} <script>x<\u2215script>"
         place.mkdir(parents=True, exist_ok=True)
@@ -114,13 +115,26 @@ def test_a_bundle_tells_them_too_where_its_run_is(
     assert {"mislabels", "resizing"} <= {one["kind"] for one in answer["findings"]}
 
 
+def test_weights_of_no_run_tell_them_too(crosspatch, digits_run: Path, mistaken: set[str]) -> None:
+    file = Path(shutil.copy(digits_run / "model" / "model.safetensors", "its own.safetensors"))
+    model = json.loads((digits_run / "model" / "config.json").read_text())["architecture"]
+    asked = ("audit", "./digits", "--weights", file, "--model", model)
+    answer = json.loads(crosspatch(*asked, "--json").out)
+    assert answer["not_looked"] == []
+    found = {one["kind"]: one for one in answer["findings"]}
+    listed = {str(Path("digits", one["path"]).absolute()) for one in found["mislabels"]["items"]}
+    assert len(listed & mistaken) >= 8
+    ways = [one["path"] for one in found["resizing"]["items"]]
+    assert {one.split(",")[0] for one in ways} >= {"the model", "random weights"}
+
+
 def test_several_labels_are_said_not_to_be_looked_at(
     crosspatch, digits_run: Path, photos: Path
 ) -> None:
     told = crosspatch("audit", "photos", "--multi-label", "--run", digits_run, "--json")
     answer = json.loads(told.out)
     assert len(answer["not_looked"]) == 2
-    assert all("have several labels; leave --run away" in one for one in answer["not_looked"])
+    assert all("have several labels; leave --run or" in one for one in answer["not_looked"])
 
 
 WRONG = [
@@ -130,6 +144,10 @@ WRONG = [
     (("photos", "--run", "none"), 2, "none does not exist"),
     (("photos", "--run", "photos"), 3, "config.json does not exist"),
     (("photos", "--workers", "0"), 2, "--workers 0"),
+    (("photos", "--model", "vit_micro_32"), 2, "--model vit_micro_32 without --weights"),
+    (("photos", "--weights", "a.safetensors", "--run", "r"), 2, "--run r and --weights"),
+    (("photos", "--weights", "a.safetensors"), 3, "a.safetensors does not exist"),
+    (("photos", "--weights", "resnet18.a1_in1k"), 2, "are not on this machine"),
 ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import socket
 import tomllib
 
 import pytest
@@ -20,6 +19,7 @@ from crosspatch.training.recipe import Recipe
 from crosspatch.training.released import HUB_FILE, Release, release_of
 from crosspatch.training.session import train_run
 from crosspatch.training.weights import conversion, find
+from support.hub import empty_cache, refuse_network
 from support.runs import write_run
 
 VIT = {"model": "vit_micro_32", "size": 32, "batch": 16, "epochs": 1, "threads": 1}
@@ -30,30 +30,13 @@ RELEASED = "deit_tiny_patch16_224"
 def quiet(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def refuse(*_, **__):
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    refuse_network(monkeypatch)
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache of Hugging Face; `put(name, state)` enters a checkpoint."""
-    from huggingface_hub import constants
-
-    folder = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-
-    def put(name, state):
-        place = folder / f"models--{release_of(name).repository.replace('/', '--')}"
-        (place / "snapshots" / "abc").mkdir(parents=True)
-        (place / "refs").mkdir()
-        (place / "refs" / "main").write_text("abc")
-        save_file(state, place / "snapshots" / "abc" / HUB_FILE)
-
-    return put
+    return empty_cache(monkeypatch, tmp_path / "hub")
 
 
 @pytest.fixture

@@ -28,13 +28,14 @@ from crosspatch.errors import CrosspatchError, UsageError, visible
 if TYPE_CHECKING:
     from crosspatch.cli.screen import Screen
     from crosspatch.data.audit import Audit
+    from crosspatch.deploy.backbone import Backbone
 
 _WHAT = Group("What is looked at", sort_key=5)
 CHECKS = {
     "mislabels": "likely wrong labels",
     "resizing": "how a model's resizing and normalisation suit the pictures",
 }
-"""Modules of `explain` that look with a trained run: `findings(run, audit, progress)`."""
+"""Modules of `explain` that look with a trained network: `findings(eyes, audit, progress)`."""
 COLOURS = {"bad": "red", "warn": "yellow", "good": "green"}
 MARKS = {"bad": "✗", "warn": "!", "good": "✓"}
 
@@ -46,6 +47,8 @@ def audit(
     out: Annotated[Path, Parameter(group=OUTPUT, metavar="FILE")] = Path("audit.html"),
     overwrite: Annotated[bool, Parameter(group=OUTPUT)] = False,
     run: Annotated[Path | None, Parameter(group=_WHAT, metavar="RUN")] = None,
+    weights: Annotated[str | None, Parameter(group=_WHAT, metavar="FILE|NAME")] = None,
+    model: Annotated[str | None, Parameter(group=_WHAT, metavar="NAME")] = None,
     workers: Annotated[
         int | None,
         at_least(1, "--workers 2"),
@@ -66,6 +69,11 @@ def audit(
         Write over the page of an earlier audit, and over what lies beside it.
     run
         A trained run, or a bundle that lies in its folder: it tells likely wrong labels.
+    weights
+        Weights of no run in its place: a .safetensors file, or timm's name of a released
+        checkpoint that was fetched before.
+    model
+        The network that a file of weights is of.
     workers
         Processes that decode pictures.
     group
@@ -73,8 +81,7 @@ def audit(
     """
     output = output or Output()
     beside = _check(out, overwrite)
-    if run is not None:
-        _check_run(run)
+    eyes = _eyes(run, weights, model)
 
     from crosspatch.cli.screen import Screen, print_json
     from crosspatch.data.audit import audit
@@ -88,7 +95,7 @@ def audit(
             progress=told,
             **reading_of(columns, group, multi_label),
         )
-        _with_a_run(found, run, screen)
+        _look_closer(found, eyes, screen)
         _write(found, out, beside, overwrite)
         if not output.json:
             _print(screen, found, out)
@@ -112,13 +119,25 @@ def _check(out: Path, overwrite: bool) -> Path:
     return beside
 
 
-def _check_run(run: Path) -> None:
-    """Raises UsageError or DataError, before any work, for what is neither a trained run nor a
-    bundle beside its run."""
-    from crosspatch.deploy.loading import folder_of
-    from crosspatch.training.package import model_folder, read_config
+def _eyes(run: Path | None, weights: str | None, model: str | None) -> Path | Backbone | None:
+    """What looks at the pictures beside the audit itself. Raises UsageError or DataError, before
+    any work, for what is neither a trained run nor a bundle beside its run, nor weights."""
+    if model is not None and weights is None:
+        raise UsageError(f"--model {model} without --weights", "the weights of that network",
+                         f"--weights FILE --model {model}")  # fmt: skip
+    if weights is not None:
+        if run is not None:
+            raise UsageError(f"--run {run} and --weights {weights}", "one of the two",
+                             f"leave --weights {weights} away")  # fmt: skip
+        from crosspatch.deploy.backbone import backbone
 
-    read_config(model_folder(folder_of(existing_model(run))))
+        return backbone(weights, model)
+    if run is not None:
+        from crosspatch.deploy.loading import folder_of
+        from crosspatch.training.package import model_folder, read_config
+
+        read_config(model_folder(folder_of(existing_model(run))))
+    return run
 
 
 def _refuse(paths: list[Path]) -> None:
@@ -128,18 +147,19 @@ def _refuse(paths: list[Path]) -> None:
                              "add --overwrite, or choose another --out")  # fmt: skip
 
 
-def _with_a_run(found: Audit, run: Path | None, screen: Screen) -> None:
-    """Adds what a trained run can tell, or why nothing was looked at."""
+def _look_closer(found: Audit, eyes: Path | Backbone | None, screen: Screen) -> None:
+    """Adds what a trained network can tell, or why nothing was looked at."""
     for name, what in CHECKS.items():
-        if run is None:
-            found.not_looked.append(f"{what.capitalize()}: give a trained run (--run RUN).")
+        if eyes is None:
+            how = "give a trained run (--run RUN) or weights (--weights FILE --model NAME)"
+            found.not_looked.append(f"{what.capitalize()}: {how}.")
             continue
         module = importlib.import_module(f"crosspatch.explain.{name}")
         told: Callable[[int, int], None] = lambda done, total, what=what: screen.progress(
             what, done, total
         )
         try:
-            found.add(module.findings(run, found, told))
+            found.add(module.findings(eyes, found, told))
         except CrosspatchError as problem:
             found.not_looked.append(f"{what.capitalize()}: {problem.got}; {problem.do}.")
 

@@ -23,7 +23,8 @@ import numpy as np
 from crosspatch.data.audit import Audit
 from crosspatch.data.findings import Finding
 from crosspatch.data.skipped import quoting
-from crosspatch.deploy.embedding import embedder, patches_of
+from crosspatch.deploy.backbone import Backbone
+from crosspatch.deploy.embedding import embedder, of_model, patches_of
 from crosspatch.deploy.loading import load, run_of
 from crosspatch.deploy.predictor import Picture
 from crosspatch.errors import DataError, UsageError
@@ -43,8 +44,8 @@ HEARTFELT = (
     "hides wrong labels. A run that was trained more briefly sees more."
 )
 WEAK = (
-    " The run was not asked: with its opinion the labels are less likely than by whitened patches "
-    "alone, so it knows these pictures too little. A run that was trained longer sees more."
+    " The network was not asked: with its opinion the labels are less likely than by whitened "
+    "patches alone, so it knows these pictures too little. One that was trained longer sees more."
 )
 
 
@@ -61,7 +62,7 @@ class Mislabels(NamedTuple):
 
 
 def mislabels(
-    run: str | Path | None,
+    run: str | Path | Backbone | None,
     pictures: Sequence[Picture],
     paths: Sequence[str],
     labels: Sequence[str],
@@ -69,7 +70,8 @@ def mislabels(
     table: str = "mislabels.csv",
     progress: Progress | None = None,
 ) -> Mislabels:
-    """Looks for wrong labels of N pictures, with the eyes of a run (or of a bundle beside its run).
+    """Looks for wrong labels of N pictures, with the eyes of a run (or of a bundle beside its run),
+    or of weights that belong to none.
 
     run: None for the patches alone; pictures: as `Predictor.predict` takes them; paths: their
     names; labels: class names; table: the name that the finding gives to the list. progress: called
@@ -108,15 +110,20 @@ def mislabels(
     return Mislabels(_finding(rows, len(ok), table, remark), rows, probs, ok, classes)
 
 
-def findings(run: str | Path, audit: Audit, progress: Progress | None = None) -> list[Finding]:
-    """For `crosspatch audit --run`: the finding, whose command trains with the suggested labels.
+def findings(
+    run: str | Path | Backbone, audit: Audit, progress: Progress | None = None
+) -> list[Finding]:
+    """For `crosspatch audit --run` and `--weights`: the finding, whose command trains with the
+    suggested labels.
 
     Raises as `mislabels` does, and UsageError for data with several labels to a picture.
     """
     source = audit.source
     if source.multi:
         raise UsageError(
-            "pictures have several labels", "one label to a picture", "leave --run away"
+            "pictures have several labels",
+            "one label to a picture",
+            "leave --run or --weights away",
         )
     found = mislabels(
         run,
@@ -154,7 +161,7 @@ def _surprise(probs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _of_run(
-    run: str | Path,
+    run: str | Path | Backbone,
     pictures: Sequence[Picture],
     classes: tuple[str, ...],
     labels: np.ndarray,
@@ -163,6 +170,10 @@ def _of_run(
 ) -> np.ndarray:
     """The run's probabilities of `classes` for the pictures in `ok`; where it knows others, those
     of a layer on its features."""
+    chosen = [pictures[at] for at in ok.tolist()]
+    if isinstance(run, Backbone):
+        seen = of_model(run.trained, run.name).embed(chosen, progress=tell)
+        return opinion(seen, labels[ok], len(classes))
     predictor = load(run)
     if predictor.task != "classify":
         raise UsageError(
@@ -170,7 +181,6 @@ def _of_run(
             "a run that names one class",
             "leave the run away",
         )
-    chosen = [pictures[at] for at in ok.tolist()]
     if not set(classes) <= set(predictor.classes):
         return opinion(embedder(run).embed(chosen, progress=tell), labels[ok], len(classes))
     columns = [predictor.classes.index(name) for name in classes]
@@ -228,9 +238,13 @@ def _folder(run: str | Path) -> Path:
     return run_of(read_bundle(path)) or path
 
 
-def _by_heart(run: str | Path, own: np.ndarray, labels: np.ndarray, paths: list[str]) -> bool:
+def _by_heart(
+    run: str | Path | Backbone, own: np.ndarray, labels: np.ndarray, paths: list[str]
+) -> bool:
     """Whether the run names nearly all pictures right that it was trained on: then its opinion of
     those is that of their labels."""
+    if isinstance(run, Backbone):
+        return False
     table = _folder(run) / "split.csv"
     if not table.is_file():
         return False

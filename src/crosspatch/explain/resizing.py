@@ -24,6 +24,7 @@ from crosspatch.data.audit import Audit
 from crosspatch.data.decode import UnreadableImage
 from crosspatch.data.findings import Finding, quoted
 from crosspatch.data.preprocess import Preprocess
+from crosspatch.deploy.backbone import Backbone
 from crosspatch.deploy.embedding import of_model
 from crosspatch.deploy.loading import folder_of
 from crosspatch.deploy.predictor import Picture, Predictor
@@ -151,7 +152,7 @@ def _normalisation(preprocess: Preprocess, seen: Seen) -> Iterator[Finding]:
             f"and deviations from {ratio.min():.2f} to {ratio.max():.2f}, where 1 is expected. "
             "Weights that were trained elsewhere should be fine-tuned, not probed."
         )
-        command = "crosspatch train DATA --recipe finetune --weights RUN"
+        command = "crosspatch train DATA --recipe finetune BEGIN"
         title = "Brightness or contrast is not what the model expects"
         yield Finding("warn", KIND, title, text, command, [])
 
@@ -248,29 +249,38 @@ def _scored(
 
 
 def check(
-    run: str | Path,
+    run: str | Path | Backbone,
     pictures: Sequence[Picture],
     labels: Sequence[int] | np.ndarray,
     *,
     side: int,
     progress: Progress | None = None,
 ) -> list[Finding]:
-    """What `measure` finds of a run folder, as findings. Raises as that and `load_model` do."""
-    control = load_untrained(run)
-    scores = measure(load_model(run), control, pictures, labels, side=side, progress=progress)
+    """What `measure` finds of a run folder, or of weights that belong to none, as findings. Raises
+    as that and `load_model` do."""
+    if isinstance(run, Backbone):
+        trained, control = run.trained, run.untrained()
+    else:
+        trained, control = load_model(run), load_untrained(run)
+    scores = measure(trained, control, pictures, labels, side=side, progress=progress)
     return conclusions(scores)
 
 
-def findings(run: str | Path, audit: Audit, progress: Progress | None = None) -> list[Finding]:
-    """For `crosspatch audit --run`: the expectations of the run's model, and what `check` says of
-    up to `MOST` pictures, drawn evenly. run: its folder, or a bundle in that. Raises as `check`
-    does, and UsageError for data with several labels to a picture and a bundle without its run."""
+def findings(
+    run: str | Path | Backbone, audit: Audit, progress: Progress | None = None
+) -> list[Finding]:
+    """For `crosspatch audit --run` and `--weights`: the expectations of the run's model, and what
+    `check` says of up to `MOST` pictures, drawn evenly. run: its folder, a bundle in that, or
+    weights. Raises as `check` does, and UsageError for data with several labels to a picture and a
+    bundle without its run."""
     source = audit.source
     if source.multi:
         raise UsageError(
-            "pictures have several labels", "one label to a picture", "leave --run away"
+            "pictures have several labels",
+            "one label to a picture",
+            "leave --run or --weights away",
         )
-    home = folder_of(run)
+    home = run if isinstance(run, Backbone) else folder_of(run)
     chosen = np.linspace(0, len(source) - 1, min(MOST, len(source))).round().astype(int).tolist()
     seen, good = [], []
     for at in chosen:
@@ -282,10 +292,12 @@ def findings(run: str | Path, audit: Audit, progress: Progress | None = None) ->
     if not seen:
         raise UsageError("no picture can be read", "pictures that can be read", "mend them first")
     sight = look(seen)
-    told = expectations(load_model(home).preprocess, sight)
+    seen_as = home.trained if isinstance(home, Backbone) else load_model(home)
+    told = expectations(seen_as.preprocess, sight)
     pictures = [partial(source.read, at) for at in good]
     told += check(home, pictures, source.labels[good], side=sight.side, progress=progress)
-    words = {"DATA": audit.opened.place.data, "RUN": quoted(home)}
+    begin = home.flags if isinstance(home, Backbone) else f"--weights {quoted(home)}"
+    words = {"DATA": audit.opened.place.data, "BEGIN": begin}
     fill = lambda text: " ".join(str(words.get(word, word)) for word in text.split(" "))
     return [one._replace(command=fill(one.command)) for one in told]
 

@@ -85,7 +85,7 @@ def take_weights(module: nn.Module, recipe: Recipe) -> int | None:
         tables = theirs.position_tables() if hasattr(theirs, "position_tables") else None
         how = {"rows": recipe.head_rows, "tables": tables}
         return fill(module, theirs.state_dict(), where=source["where"], **how)
-    return fill(module, _read_tensors(tensors), where=source["where"])
+    return fill(module, read_tensors(tensors), where=source["where"])
 
 
 def file_hash(path: Path) -> str:
@@ -94,7 +94,7 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path) -> dict[str, Any]:
     """The tensors of a file. Raises DataError where it is missing or torn."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -252,7 +252,7 @@ def load_model(run: str | Path) -> Trained:
     folder = model_folder(run)
     config = read_config(folder)
     path = folder / WEIGHTS
-    weights = _read_tensors(path)
+    weights = read_tensors(path)
     module = _create(config["architecture"], config["model_args"])
     _replay(module, config["transforms"], folder / CONFIG)
     try:

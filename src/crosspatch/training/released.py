@@ -95,7 +95,7 @@ def release_of(name: str) -> Release | None:
         what = "there is no model or path" if not known else f"{model} has no checkpoint"
         raise UsageError(
             f"{what} {name!r}",
-            f"auto, none, a file, a run, or a released checkpoint; near: {near(name, names())}",
+            f"a file, a run, or a released checkpoint; near: {near(name, names())}",
             "correct --weights",
         )
     if settings is None or not settings.hf_hub_id or settings.hf_hub_filename:

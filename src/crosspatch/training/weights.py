@@ -78,7 +78,7 @@ def find(
     if asked == AUTO:
         return _auto(model, reasons, tell)
     path = Path(asked).expanduser()
-    found = _of_path(asked, path) if path.exists() else _of_name(asked, path)
+    found = _of_path(asked, path) if path.exists() else _of_name(asked, path, PATIENT)
     named = found.shape.get("model")
     if named and typed.get("model") not in (None, named):
         raise UsageError(
@@ -88,6 +88,13 @@ def find(
         )
     _refuse_further(found, typed)
     return found
+
+
+def find_local(asked: str) -> Found:
+    """What --weights `asked` means where nothing is fetched: a run, a file, or a released
+    checkpoint that lies in the cache. Raises UsageError or DataError for anything else."""
+    path = Path(asked).expanduser()
+    return _of_path(asked, path) if path.exists() else _of_name(asked, path, None)
 
 
 def _refuse_further(found: Found, typed: Mapping[str, Any]) -> None:
@@ -122,7 +129,8 @@ def _auto(model: str, reasons: list[str], tell: Callable[[str], None]) -> Found 
     return _of_release(release, path)
 
 
-def _of_name(asked: str, path: Path) -> Found:
+def _of_name(asked: str, path: Path, patience: float | None) -> Found:
+    """A released checkpoint; patience: seconds to wait for a network, None to ask for none."""
     if path.suffix.lower() in (ENDING, *PICKLED) or len(path.parts) > 1 or asked.startswith("."):
         beside = {one.name for one in path.parent.iterdir()} if path.parent.is_dir() else set()
         hits = near(path.name, beside)
@@ -138,7 +146,17 @@ def _of_name(asked: str, path: Path) -> Found:
             f"a name of timm.list_pretrained(); near: {near(asked, names())}",
             "name another, or leave --weights away",
         )
-    return _of_release(release, release.cached() or release.fetch(PATIENT))
+    return _of_release(release, release.cached() or _fetched(release, patience))
+
+
+def _fetched(release: Release, patience: float | None) -> Path:
+    if patience is None:
+        raise UsageError(
+            f"the weights {release.name} are not on this machine",
+            "a file, or a released checkpoint in the cache of Hugging Face",
+            f"fetch them with: {release.command}",
+        )
+    return release.fetch(patience)
 
 
 def _of_release(release: Release, path: Path) -> Found:

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that belong to no run, as eyes for pictures: a file, or a released checkpoint that lies
+in the cache. Nothing is fetched; of their head nothing is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from crosspatch.data.findings import quoted
+from crosspatch.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from crosspatch.errors import UsageError
+from crosspatch.models.registry import create_model
+from crosspatch.training.package import Trained, read_tensors
+from crosspatch.training.released import release_of
+from crosspatch.training.transfer import fill
+from crosspatch.training.weights import find_local
+
+CLASSES = 2  # of a head that nobody reads
+SEEN = ("size", "mean", "std")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """name: how the weights were asked for; model: the architecture; trained: it with them, which
+    sees pictures as that architecture is described for."""
+
+    name: str
+    model: str
+    trained: Trained
+
+    def untrained(self, seed: int = 0) -> Trained:
+        """The same network with weights as they are before any training: a control. The draws of
+        the process are left as they were."""
+        preprocess = self.trained.preprocess
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = create_model(self.model, num_classes=CLASSES, img_size=preprocess.size)
+        return Trained(module.eval(), (), preprocess, 1.0, 0)
+
+    @property
+    def flags(self) -> str:
+        """What `train` takes to begin with these weights."""
+        return f"--weights {quoted(self.name)} --model {self.model}"
+
+
+def backbone(asked: str, model: str | None = None) -> Backbone:
+    """The backbone of the file or the released checkpoint `asked`; model: the architecture, which a
+    file does not tell.
+
+    Raises UsageError for a run's folder, for weights that are not on this machine and where the
+    model is missing or another, DataError for files that are damaged, are no safetensors or do not
+    fit.
+    """
+    found = find_local(asked)
+    if found.kind == "run":
+        raise UsageError(f"--weights {asked} is a run", "a file, or a name", f"--run {asked}")
+    named = found.shape.get("model")
+    if named is None and model is None:
+        raise UsageError(
+            f"--weights {asked} without --model", "the name of the network that it is of",
+            f"--weights {asked} --model vit_small_patch16_224",
+        )  # fmt: skip
+    if model is not None and named not in (None, model):
+        raise UsageError(
+            f"--weights {asked} is of {named}, and --model says {model}",
+            "weights of that model",
+            "leave --model away",
+        )
+    name = str(named or model)
+    module, preprocess = _described(name, found.shape or _released(name))
+    fill(module, read_tensors(Path(found.path)), where=asked)
+    return Backbone(asked, name, Trained(module.eval(), (), preprocess, 1.0, 0))
+
+
+def _released(name: str) -> dict[str, Any]:
+    """How its released weights see pictures; {} where there are none. Raises UsageError for an
+    unknown name."""
+    release = release_of(name)
+    return {} if release is None else {key: getattr(release, key) for key in SEEN}
+
+
+def _described(name: str, shape: dict[str, Any]) -> tuple[nn.Module, Preprocess]:
+    """A network, and how it sees pictures: as `shape` says, else as it is described."""
+    sized = {"img_size": shape["size"]} if "size" in shape else {}
+    module = create_model(name, num_classes=CLASSES, **sized)
+    own: Any = getattr(module, "default_cfg", None) or {}
+    size = shape.get("size") or tuple(own.get("input_size", (3, 224, 224))[1:])
+    mean, std = (
+        tuple(shape.get(key) or own.get(key) or usual)
+        for key, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
+    )
+    return module, Preprocess.for_pictures(size, mean=mean, std=std)
