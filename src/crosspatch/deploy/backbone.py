@@ -78,9 +78,11 @@ def backbone(asked: str, model: str | None = None) -> Backbone:
 
 
 def _released(name: str) -> dict[str, Any]:
-    """How its released weights see pictures; {} where there are none. Raises UsageError for an
-    unknown name."""
-    release = release_of(name)
+    """How its released weights see pictures; {} where there are none, or no such network."""
+    try:
+        release = release_of(name)
+    except UsageError:  # creating it says what is wrong
+        return {}
     return {} if release is None else {key: getattr(release, key) for key in SEEN}
 
 
