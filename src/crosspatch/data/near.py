@@ -171,14 +171,26 @@ def _collisions(bits: np.ndarray, tables: int, draw: np.random.Generator) -> np.
     whole, found = _packed(bits), np.empty(0, np.int64)
     rough = np.hypot(*np.meshgrid(_LOW, _LOW)).ravel()  # low ones change least: they go first
     for _ in range(tables):
-        order = np.argsort(_packed(bits[:, np.argsort(draw.exponential(size=64) * rough)]))
+        order = np.argsort(_reordered(whole, np.argsort(draw.exponential(size=64) * rough)))
+        sorted_, parts = whole[order], [found]
         for ahead in range(1, _AHEAD + 1):
-            one, other = np.sort([order[:-ahead], order[ahead:]], axis=0)
-            close = np.bitwise_count(whole[one] ^ whole[other]) <= _FAR
-            found = np.append(found, one[close] * len(bits) + other[close])
-        found.sort()
+            close = np.bitwise_count(sorted_[:-ahead] ^ sorted_[ahead:]) <= _FAR
+            one, other = order[:-ahead][close], order[ahead:][close]
+            parts.append(np.minimum(one, other) * len(bits) + np.maximum(one, other))
+        found = np.sort(np.concatenate(parts))
         found = found[np.diff(found, prepend=-1) > 0]
     return np.stack(np.divmod(found, max(1, len(bits))))
+
+
+def _reordered(hashes: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """uint64 (M,): hashes with their bits in another order (64,), by a table for each byte."""
+    bits, found = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1), 0
+    for place in range(8):
+        here = np.zeros((256, 64), bool)
+        mine = order // 8 == place
+        here[:, mine] = bits[:, order[mine] % 8]
+        found = found | _packed(here)[(hashes >> np.uint64(56 - 8 * place)).astype(np.uint8)]
+    return np.asarray(found)
 
 
 def _cosine(low: np.ndarray, one: np.ndarray, other_low: np.ndarray, other: np.ndarray):
@@ -272,11 +284,12 @@ def _left(one: np.ndarray, other: np.ndarray, steps: int = 1) -> np.ndarray:
 def _sampled(at: np.ndarray) -> np.ndarray:
     """float32 (..., S, S): what takes S values to those at places (..., S) between them, by cubic
     convolution (Keys 1981, equation 4, a = -1/2); outside, the last one counts."""
-    away = np.abs(np.clip(at, 0, SIDE - 1)[..., None] - np.arange(SIDE))
-    near = 1.5 * away**3 - 2.5 * away**2 + 1
-    far = -0.5 * away**3 + 2.5 * away**2 - 4 * away + 2
-    weights = np.where(away < 1, near, np.where(away < 2, far, 0))
-    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+    inside = np.clip(at, 0, SIDE - 1).astype(np.float32)
+    away = np.abs(inside[..., None] - np.arange(SIDE, dtype=np.float32))
+    near = (1.5 * away - 2.5) * away * away + 1
+    far = ((-0.5 * away + 2.5) * away - 4) * away + 2
+    weights = np.where(away < 1, near, np.where(away < 2, far, np.float32(0)))
+    return weights / weights.sum(-1, keepdims=True)
 
 
 def _spread(grey: np.ndarray) -> np.ndarray:
@@ -303,8 +316,10 @@ def _grey(prints: np.ndarray) -> np.ndarray:
 
 def _detail(grey: np.ndarray) -> np.ndarray:
     """(..., S, S) less the mean of each row and of each column."""
-    grey = grey - grey.mean(-1, keepdims=True)
-    return grey - grey.mean(-2, keepdims=True)
+    middle = np.full(SIDE, 1 / SIDE, np.float32)
+    grey = grey - (grey @ middle)[..., None]
+    grey -= (middle @ grey)[..., None, :]
+    return grey
 
 
 def _packed(bits: np.ndarray) -> np.ndarray:
