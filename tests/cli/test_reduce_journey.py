@@ -114,9 +114,10 @@ def test_what_happens_to_the_patches_is_drawn(
 def test_drawings_that_cannot_be_made(
     crosspatch, reduced, vit_run, pictures: Path, tmp_path: Path, what, code: int, said: str
 ) -> None:
-    run, *named, target = what
+    name, *named, target = what
+    run = {"run": reduced, "base": vit_run}[name]
     several = [path for path, _ in zip(sorted((pictures / "3").iterdir()), named, strict=False)]
-    words = ("predict", {"run": reduced, "base": vit_run}[run], *several, "--show-tokens", tmp_path / target)
+    words = ("predict", run, *several, "--show-tokens", tmp_path / target)
     answer = crosspatch(*words)
     assert answer.code == code
     assert said in " ".join(answer.err.split())
