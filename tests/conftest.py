@@ -1,5 +1,6 @@
 """One thread per test process, no cache of the user, torchvision operators before its import."""
 
+import gc
 import os
 import tempfile
 
@@ -12,3 +13,9 @@ import crosspatch._torchvision  # noqa: F401
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end: the collector need not go through it again."""
+    gc.collect()
+    gc.freeze()

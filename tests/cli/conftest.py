@@ -10,6 +10,8 @@ import pytest
 
 from crosspatch.cli import pages
 from crosspatch.cli.main import main
+from crosspatch.deploy import export
+from crosspatch.training import measure
 from support.command import Answer
 from support.once import once, shared
 
@@ -58,15 +60,34 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
 def digits_bundle(
     digits_run: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str
 ) -> Path:
-    """bundle.onnx in a copy of the run on digits, both to be read only."""
+    """bundle.onnx in a copy of the run on digits, exported by the command; both to be read only."""
 
     def make(folder: Path) -> None:
-        from crosspatch.deploy.export import export
-
         shutil.copytree(digits_run, folder)
-        export(folder)
+        assert main(["export", str(folder), "--json"]) == 0
 
     return once(shared(tmp_path_factory, worker_id) / "digits-exported", make) / "bundle.onnx"
+
+
+@pytest.fixture
+def untraced(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of the run on digits take the graph of its bundle: tracing takes 16 seconds."""
+
+    def copied(shipped: object, shop: Path, info: object) -> Path:
+        return Path(shutil.copy(digits_bundle, shop / "whole.onnx"))
+
+    monkeypatch.setattr(export, "_write_onnx", copied)
+
+
+@pytest.fixture(scope="session")
+def vit_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """As `digits_run`, of vit_micro_32: it is traced in half the time."""
+
+    def make(folder: Path) -> None:
+        words = ["--model", "vit_micro_32", "--epochs", "1", "--out", str(folder), "--json"]
+        assert main(["train", "digits", *words]) == 0
+
+    return once(shared(tmp_path_factory, worker_id) / "vit-run", make)
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +110,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
                 place.rmdir()
 
     return once(shared(tmp_path_factory, worker_id) / "pictures", make)
+
+
+@pytest.fixture(autouse=True)
+def few_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps instead of seven are timed before a training."""
+    monkeypatch.setattr(measure, "WARM", 1)
+    monkeypatch.setattr(measure, "TIMED", 1)

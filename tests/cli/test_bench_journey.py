@@ -21,14 +21,14 @@ def short():
         yield
 
 
-def test_a_run_in_every_engine_with_table_figure_and_json(crosspatch, digits_run, tmp_path) -> None:
+def test_a_run_in_every_engine_with_table_figure_and_json(crosspatch, vit_run, tmp_path) -> None:
     answer = crosspatch(
-        "bench", digits_run, "--batch", "1,2", "--threads", 1, "--out", tmp_path / "out",
+        "bench", vit_run, "--batch", "1,2", "--threads", 1, "--out", tmp_path / "out",
         "--csv", tmp_path / "t.csv", "--json", "--time", "10m",  # a busy machine needs some
     )  # fmt: skip
     assert answer.code == 0, answer.err
     (model,) = answer.json["models"]
-    report = json.loads((digits_run / "report.json").read_text())
+    report = json.loads((vit_run / "report.json").read_text())
     assert (model["macs"], model["parameters"]) == (report["macs"], report["parameters"])
     assert model["bytes"]["int8"] < model["bytes"]["fp32"]
     kinds = {(row["engine"], row["precision"]) for row in answer.json["rows"]}
@@ -44,7 +44,7 @@ def test_a_run_in_every_engine_with_table_figure_and_json(crosspatch, digits_run
         assert [float(row["ms"]) for row in rows] == [row["ms"] for row in answer.json["rows"]]
         assert {row["torch"] for row in rows} == {answer.json["hardware"]["torch"]}
     assert (tmp_path / "out" / "bench.png").is_file()
-    assert not list(digits_run.glob("bundle*"))  # a run is only read
+    assert not list(vit_run.glob("bundle*"))  # a run is only read
 
 
 def test_the_screen_shows_a_table_within_80_columns_and_sentences(crosspatch) -> None:

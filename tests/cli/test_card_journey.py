@@ -22,7 +22,7 @@ def test_training_writes_a_card(digits_run):
     assert json.loads((digits_run / "report.json").read_text())["processor"]
 
 
-def test_export_and_verify_tell_the_card_what_they_found(crosspatch, run, pictures):
+def test_export_and_verify_tell_the_card_what_they_found(crosspatch, run, pictures, untraced):
     assert crosspatch("export", run).code == 0
     text = (run / "card.md").read_text()
     assert "bundle.onnx, when it was exported: at most" in text
@@ -37,7 +37,7 @@ def test_export_and_verify_tell_the_card_what_they_found(crosspatch, run, pictur
     assert "onnxruntime fp32 (bundle.onnx) |" in text
 
 
-def test_a_card_that_cannot_be_written_spoils_nothing(crosspatch, run):
+def test_a_card_that_cannot_be_written_spoils_nothing(crosspatch, run, untraced):
     (run / "card.md").unlink()
     (run / "card.md").mkdir()
     done = crosspatch("export", run, "--json")
@@ -46,7 +46,7 @@ def test_a_card_that_cannot_be_written_spoils_nothing(crosspatch, run):
     assert "card.md was not written" in done.err
 
 
-def test_a_bundle_elsewhere_leaves_the_run_as_it_is(crosspatch, run, tmp_path):
+def test_a_bundle_elsewhere_leaves_the_run_as_it_is(crosspatch, run, tmp_path, untraced):
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     assert crosspatch("export", run, "--out", tmp_path / "elsewhere.onnx").code == 0
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before

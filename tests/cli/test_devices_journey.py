@@ -56,14 +56,11 @@ def wait_for_state(folder, process):
         time.sleep(0.02)
 
 
-def test_two_processes_train_as_one_and_answer_once(tmp_path):
+def test_two_processes_train_as_one_and_answer_once(crosspatch, tmp_path):
     runs = [tmp_path / name for name in ("one", "two")]
-    trainings = [
-        start(*TRAIN, "--epochs", 1, "--out", run, "--json", *more)
-        for run, more in zip(runs, ((), ("--devices", 2)), strict=True)
-    ]
-    for training in trainings:
-        code, out, err = ended(training)
+    words = (*TRAIN, "--epochs", 1, "--json", "--out")
+    two = start(*words, runs[1], "--devices", 2)
+    for code, out, err in (crosspatch(*words, runs[0]), ended(two)):
         assert code == 0, err
         assert json.loads(out)["steps"] == 39
         assert "epoch" in err
@@ -72,9 +69,9 @@ def test_two_processes_train_as_one_and_answer_once(tmp_path):
     assert "devices = 2" in (runs[1] / "config.toml").read_text()
 
 
-def test_more_processes_than_a_batch_has_pictures(tmp_path):
+def test_more_processes_than_a_batch_has_pictures(pictures, tmp_path):
     code, _, err = ended(
-        start("train", "digits", "--batch", 1, "--devices", 2, "--out", tmp_path / "run")
+        start("train", pictures, "--batch", 1, "--devices", 2, "--out", tmp_path / "run")
     )
     assert code == 2
     assert err.count("got batch size 1 for 2 processes") == 1
@@ -82,7 +79,7 @@ def test_more_processes_than_a_batch_has_pictures(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_one_process_meets_ends_both_and_is_said_once(tmp_path):
+def test_what_one_process_meets_ends_both_and_is_said_once(pictures, tmp_path):
     """As on two machines of which one lacks the data; `launch` gives both the same folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -91,7 +88,7 @@ def test_what_one_process_meets_ends_both_and_is_said_once(tmp_path):
     place["LOCAL_WORLD_SIZE"] = "2"
     both = [
         start("train", data, "--out", tmp_path / "run", **place, RANK=rank, LOCAL_RANK=rank)
-        for rank, data in (("0", "digits"), ("1", tmp_path / "gone"))
+        for rank, data in (("0", pictures), ("1", tmp_path / "gone"))
     ]
     first, second = (ended(one, 90) for one in both)
     assert (first[0], second[0]) == (4, 2)

@@ -3,48 +3,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from crosspatch.deploy import export as room
 from crosspatch.deploy.bundle import check_pictures, read_bundle
 from crosspatch.deploy.engines import open_engine
 
 
-@pytest.fixture(scope="session")
-def whole(digits_run: Path) -> Path:
-    """A copy of the shared run with its fp32 bundle, made by the first process that needs it."""
-    from crosspatch.cli.main import main
-
-    folder = digits_run.with_name("exported-run")
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            aside = folder.with_suffix(".making")
-            shutil.copytree(digits_run, aside)
-            assert main(["export", str(aside), "--json"]) == 0
-            aside.rename(folder)
-    return folder
-
-
 @pytest.fixture
-def exported(whole: Path, tmp_path: Path) -> Path:
-    """The same, for one test to write in."""
-    return Path(shutil.copytree(whole, tmp_path / "run"))
-
-
-@pytest.fixture
-def untraced(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later exports of the same run take the graph that lies there."""
-
-    def copied(shipped: object, shop: Path, info: object) -> Path:
-        return Path(shutil.copy(exported / "bundle.onnx", shop / "whole.onnx"))
-
-    monkeypatch.setattr(room, "_write_onnx", copied)
+def exported(digits_bundle: Path, tmp_path: Path) -> Path:
+    """The run on digits with its bundle, for one test to write in."""
+    return Path(shutil.copytree(digits_bundle.parent, tmp_path / "run"))
 
 
 def test_a_run_becomes_a_file_that_answers_like_the_run(exported: Path) -> None:

@@ -11,27 +11,28 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from crosspatch.cli.main import main
 from crosspatch.deploy import export
+from support.once import once, shared
 
 REDUCE = "tome:r=6/0/0/2,proportional=no"
 
 
-@pytest.fixture(scope="module")
-def reduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on digits, fine-tuned with tome."""
-    from crosspatch.cli.main import main
+@pytest.fixture(scope="session")
+def reduced(vit_run: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A run on digits, fine-tuned with tome: read it, change nothing in it."""
 
-    folder = tmp_path_factory.mktemp("reduced")
-    base, out = str(folder / "base"), str(folder / "run")
-    words = ["train", "digits", "--epochs", "1", "--json"]
-    assert main([*words, "--model", "vit_micro_32", "--out", base]) == 0
-    assert main([*words, "--weights", base, "--out", out, "--reduce", REDUCE]) == 0
-    return folder / "run"
+    def make(folder: Path) -> None:
+        words = ["train", "digits", "--epochs", "1", "--json", "--weights", str(vit_run)]
+        assert main([*words, "--out", str(folder), "--reduce", REDUCE]) == 0
+
+    return once(shared(tmp_path_factory, worker_id) / "reduced", make)
 
 
 def test_from_training_to_a_verified_file(
-    crosspatch, reduced: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    crosspatch, reduced: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reduced = Path(shutil.copytree(reduced, tmp_path / "run"))
     report = json.loads((reduced / "report.json").read_text())
     assert (report["reduce"], report["objective"]) == (REDUCE, "supervised")
     judged = crosspatch("eval", reduced, "digits", "--json").json
@@ -111,11 +112,12 @@ def test_what_happens_to_the_patches_is_drawn(
     ],
 )
 def test_drawings_that_cannot_be_made(
-    crosspatch, reduced: Path, pictures: Path, tmp_path: Path, what, code: int, said: str
+    crosspatch, reduced, vit_run, pictures: Path, tmp_path: Path, what, code: int, said: str
 ) -> None:
-    run, *named, target = what
+    name, *named, target = what
+    run = {"run": reduced, "base": vit_run}[name]
     several = [path for path, _ in zip(sorted((pictures / "3").iterdir()), named, strict=False)]
-    words = ("predict", reduced.parent / run, *several, "--show-tokens", tmp_path / target)
+    words = ("predict", run, *several, "--show-tokens", tmp_path / target)
     answer = crosspatch(*words)
     assert answer.code == code
     assert said in " ".join(answer.err.split())

@@ -29,7 +29,7 @@ def several_run(several_data, tmp_path_factory, worker_id) -> Path:
     """A run on bar.csv with its bundle: read it, change nothing in it."""
 
     def make(folder: Path) -> None:
-        words = ["--epochs", "10", "--out", str(folder), "--json"]
+        words = ["--model", "vit_micro_32", "--epochs", "10", "--out", str(folder), "--json"]
         assert main(["train", str(several_data / "bar.csv"), *words]) == 0
         assert main(["export", str(folder), "--json"]) == 0
 

@@ -124,10 +124,10 @@ def test_the_same_command_goes_on_and_what_differs_needs_force(
 
 
 def test_a_probe_of_a_run_is_a_run_that_the_other_verbs_read(
-    crosspatch, digits_run, pictures, tmp_path
+    crosspatch, vit_run, pictures, tmp_path
 ) -> None:
     run = tmp_path / "probe"
-    words = ("train", pictures, "--recipe", "probe", "--weights", digits_run, "--out", run)
+    words = ("train", pictures, "--recipe", "probe", "--weights", vit_run, "--out", run)
     answer = crosspatch(*words)
     assert answer.code == 0, answer.err
     assert "linear probe, 6 penalties" in answer.out

@@ -36,7 +36,7 @@ THRESHOLDS = (0.3, 0.5, 0.62, 0.45)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, worker_id):
     def make(folder):
-        write_run(folder, task="multilabel")
+        write_run(folder, task="multilabel", model_args={"depth": 2})
         save_calibration(folder / "model", 1.25, 40, THRESHOLDS)
         export(folder)
         described = read_bundle(folder / "bundle.onnx").info

@@ -26,7 +26,7 @@ QUICK = 0.05  # seconds for latencies
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, worker_id):
     def make(folder):
-        export(write_run(folder))
+        export(write_run(folder, model_args={"depth": 2}))
         quantise_dynamic(folder / "bundle.onnx", folder / "bundle-int8.onnx")
 
     return once(shared(tmp_path_factory, worker_id) / "verified-run", make)

@@ -135,11 +135,13 @@ def trained_all(runs: str, cases: dict) -> None:
         Stepper.step, Supervised.forward = keep
 
 
-def everything(batches: list[dict], counts: dict) -> dict:
-    """All of the above but the trainings."""
-    return {
+def everything(batches: list[dict], counts: dict, runs: str, cases: dict) -> dict:
+    """All of the above; what is not a training comes first."""
+    told = {
         "words": words(),
         "findings": findings(),
         "normalised": [normalised(**batch) for batch in batches],
         "evaluated": evaluated(**counts),
     }
+    trained_all(runs, cases)
+    return told

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crosspatch.data.prepare import prepare
-from crosspatch.training import plan, session
+from crosspatch.training import measure, plan, session
 from crosspatch.training.loop import fit
 from crosspatch.training.objective import make_objective
 from crosspatch.training.run import RunFolder
@@ -63,6 +63,22 @@ def train(images, recipe, tmp_path):
     return call
 
 
+WHOLE = {}
+
+
+@pytest.fixture
+def whole_run(train):
+    """The run "whole" of a kind, trained by the first test of this process that asks for it: read
+    it, change nothing in it."""
+
+    def call(kind, **how):
+        if kind not in WHOLE:
+            WHOLE[kind] = train("whole", **how)[0]
+        return WHOLE[kind]
+
+    return call
+
+
 @pytest.fixture
 def opened(monkeypatch, source):
     """`open_source` gives the tiny source, whatever is asked for; validations come every epoch."""
@@ -70,3 +86,10 @@ def opened(monkeypatch, source):
     # a busy machine would space them out
     monkeypatch.setattr(plan, "space_evaluations", lambda recipe, *_: recipe)
     return source
+
+
+@pytest.fixture(autouse=True)
+def few_timed(monkeypatch):
+    """Two steps instead of seven are timed before a training."""
+    monkeypatch.setattr(measure, "WARM", 1)
+    monkeypatch.setattr(measure, "TIMED", 1)

@@ -145,8 +145,10 @@ def everything(monkeypatch, make_recipe):
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(20, marks=LONG)])
-def test_c_killed_at_random_steps_and_resumed_equals_the_whole_run(train, everything, count):
-    whole, _ = train("whole", use=everything)
+def test_c_killed_at_random_steps_and_resumed_equals_the_whole_run(
+    train, whole_run, everything, count
+):
+    whole = whole_run("everything", use=everything)
     assert nan_rows(whole) is not None
     draw, cut = np.random.default_rng(SEED), 0
     for number in range(count):
@@ -165,8 +167,8 @@ def test_c_killed_at_random_steps_and_resumed_equals_the_whole_run(train, everyt
 
 
 @LONG
-def test_c_killed_20_times_in_one_run(train, everything, tmp_path):
-    whole, _ = train("whole", use=everything)
+def test_c_killed_20_times_in_one_run(train, whole_run, everything, tmp_path):
+    whole = whole_run("everything", use=everything)
     draw, cut, resume = np.random.default_rng(SEED + 1), 0, False
     for number in range(20):
         state = load_state(tmp_path / "cut" / "last") if resume else None
@@ -186,8 +188,8 @@ def test_c_killed_20_times_in_one_run(train, everything, tmp_path):
     ("write", "tensor"),
     [(1, 9), (3, 1), *(pytest.param(w, t, marks=LONG) for w, t in ((1, 1), (2, 1), (7, 9)))],
 )
-def test_c_killed_while_a_state_is_written(train, everything, write, tensor, tmp_path):
-    whole, _ = train("whole", use=everything)
+def test_c_killed_while_a_state_is_written(train, whole_run, everything, write, tensor, tmp_path):
+    whole = whole_run("everything", use=everything)
     hook = kills.while_writing(write, tensor)
     assert kills.killed(hook, partial(train, "cut", use=everything, **EACH_STEP))
     torn = list((tmp_path / "cut" / "last").glob(".writing-*"))
@@ -201,8 +203,8 @@ def test_c_killed_while_a_state_is_written(train, everything, write, tensor, tmp
 
 @pytest.mark.parametrize("name", ["replace", "fsync"])
 @pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=LONG) for n in (1, 3, 4, 5, 6))])
-def test_c_killed_between_rename_and_fsync(train, everything, name, count):
-    whole, _ = train("whole", use=everything)
+def test_c_killed_between_rename_and_fsync(train, whole_run, everything, name, count):
+    whole = whole_run("everything", use=everything)
     hook = kills.before_call(state.os, name, count + 2)  # past those of config.toml
     assert kills.killed(hook, partial(train, "cut", use=everything, **EACH_STEP))
     same(whole, train("cut", resume=True, use=everything)[0])
@@ -276,8 +278,10 @@ DAMAGE = {
 
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("files", [(LAST,), (LAST, BEFORE)])
-def test_d_damaged_states_are_named_and_the_next_older_one_is_used(begun, train, how, files):
-    whole, _ = train("whole")
+def test_d_damaged_states_are_named_and_the_next_older_one_is_used(
+    begun, train, whole_run, how, files
+):
+    whole = whole_run("plain")
     for name in files:
         DAMAGE[how](begun / name)
     told = Stop()
@@ -300,9 +304,9 @@ def test_d_no_whole_state_or_none_at_all_is_an_error(begun, train):
 
 @pytest.mark.parametrize("at", [1, 2, 9])
 def test_e_a_full_disk_comes_out_at_the_next_step_and_leaves_the_last_state(
-    train, tmp_path, monkeypatch, at
+    train, whole_run, tmp_path, monkeypatch, at
 ):
-    whole, _ = train("whole")
+    whole = whole_run("plain")
     real, writes = state.write_tensors, []
 
     def full(path, tensors, metadata):
@@ -354,8 +358,10 @@ def test_f_a_forked_worker_does_not_keep_the_lock_of_a_dead_run(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_g_a_signal_while_a_state_is_written_saves_and_ends(train, monkeypatch, number):
-    whole, _ = train("whole")
+def test_g_a_signal_while_a_state_is_written_saves_and_ends(
+    train, whole_run, tmp_path, monkeypatch, number
+):
+    whole = whole_run("plain")
     real = writer.save_state
 
     def slow(*given):
@@ -369,5 +375,5 @@ def test_g_a_signal_while_a_state_is_written_saves_and_ends(train, monkeypatch, 
         with pytest.raises(Interrupted, match=r"at step 1?\d of 30"):
             train("cut", stop, **EACH_EPOCH)
     assert time.monotonic() - began < 10
-    assert load_state(whole.path.parent / "cut" / "last")[1]["step"] in (9, 10)
+    assert load_state(tmp_path / "cut" / "last")[1]["step"] in (9, 10)
     same(whole, train("cut", resume=True)[0])

@@ -107,9 +107,9 @@ EVERY_STEP, VALIDATIONS = {"save_long_seconds": 0.0}, {"save_seconds": 0.0}
 
 @pytest.mark.parametrize("pace", [{}, EVERY_STEP, VALIDATIONS], ids=["never", "steps", "epochs"])
 @pytest.mark.parametrize("at", [3, 10, 13, 20, 29])
-def test_killed_and_resumed_equals_the_run_that_was_not(train, spoil, pace, at):
+def test_killed_and_resumed_equals_the_run_that_was_not(train, whole_run, spoil, pace, at):
     spoil(most=0.25)
-    whole, _ = train("whole")
+    whole = whole_run("spoilt")
     with pytest.raises(RuntimeError, match="killed"):
         train("cut", Stop(at, RuntimeError("killed")), **pace)
     cut, _ = train("cut", resume=True, **pace)
@@ -118,19 +118,19 @@ def test_killed_and_resumed_equals_the_run_that_was_not(train, spoil, pace, at):
 
 
 @pytest.mark.parametrize("at", [3, 7, 10, 11, 13, 20])
-def test_interrupted_between_the_validation_and_the_bad_step(train, spoil, at):
+def test_interrupted_between_the_validation_and_the_bad_step(train, whole_run, spoil, tmp_path, at):
     spoil(most=0.25)
-    whole, _ = train("whole")
+    whole = whole_run("spoilt")
     with pytest.raises(Interrupted):
         train("cut", Stop(at, halt()))
-    assert load_state(whole.path.parent / "cut" / "last")[1]["step"] in (at, 7)
+    assert load_state(tmp_path / "cut" / "last")[1]["step"] in (at, 7)
     same(whole, train("cut", resume=True)[0])
 
 
 @pytest.mark.parametrize("which", [1, 2])
-def test_killed_right_after_going_back(train, spoil, which):
+def test_killed_right_after_going_back(train, whole_run, spoil, which):
     spoil(most=0.25)
-    whole, _ = train("whole")
+    whole = whole_run("spoilt")
     reporter = Stop()
 
     def message(text):
@@ -144,9 +144,9 @@ def test_killed_right_after_going_back(train, spoil, which):
     same(whole, train("cut", resume=True)[0])
 
 
-def test_a_loss_read_seldom_is_found_at_the_same_step(train, spoil, monkeypatch):
+def test_a_loss_read_seldom_is_found_at_the_same_step(train, whole_run, spoil, monkeypatch):
     spoil(most=0.25)
-    whole, _ = train("whole")
+    whole = whole_run("spoilt")
     monkeypatch.setattr(Stepper, "reads_each_step", False)
     for name, seconds in (("epochs", 1e9), ("steps", 0.0)):
         run, _ = train(name, report_seconds=seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from crosspatch.errors import UsageError
 from crosspatch.training import launch, team
 from support import team_work
+from support.once import once, shared
 from support.ranks import together
 
 CASES = {
@@ -27,22 +29,40 @@ CASES = {
 }
 
 
-def test_what_the_processes_say_to_each_other(tmp_path):
-    """One launch for all of it: words, findings, normalisation, evaluation."""
+COUNTS = {"counts": [1, 2, 3, 5, 8, 13, 40], "batch": 8}
+
+
+def batches() -> list[dict]:
     rng = np.random.default_rng(0)
-    batches = [
+    return [
         {"features": 2, "pictures": rng.normal(3, 2, (n, 2, 4, 3)).tolist(), "momentum": momentum}
         for n, momentum in ((4, 0.1), (5, None))
     ]
-    counts = {"counts": [1, 2, 3, 5, 8, 13, 40], "batch": 8}
-    told = together(2, "support.team_work:everything", tmp_path, batches=batches, counts=counts)
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory, worker_id):
+    """One launch of two processes for all of it: what each told, "0.json" and "1.json", and the
+    runs of `CASES`."""
+
+    def make(folder):
+        folder.mkdir()
+        given = {"batches": batches(), "counts": COUNTS, "runs": str(folder), "cases": CASES}
+        together(2, "support.team_work:everything", folder, **given)
+
+    return once(shared(tmp_path_factory, worker_id) / "team-of-two", make)
+
+
+def test_what_the_processes_say_to_each_other(two):
+    """Words, findings, normalisation, evaluation."""
+    told = [json.loads((two / f"{rank}.json").read_text()) for rank in range(2)]
     for rank, own in enumerate(told):
         all_hear_the_same(rank, own["words"], told[0]["words"])
         # a loss is named before the gradient it spoils
         assert own["findings"] == [5, "loss", "nan", [1, 3]]
-        for batch, part in zip(batches, own["normalised"], strict=True):
+        for batch, part in zip(batches(), own["normalised"], strict=True):
             normalised_over_all(rank, part, team_work.normalised(**batch))
-        evaluated_once(own["evaluated"], team_work.evaluated(**counts), counts["counts"])
+        evaluated_once(own["evaluated"], team_work.evaluated(**COUNTS), COUNTS["counts"])
 
 
 def all_hear_the_same(rank, own, first):
@@ -79,20 +99,17 @@ def test_a_process_alone_answers_itself():
     assert team.share_state(None) is None
 
 
-def test_two_processes_reach_the_losses_of_one(tmp_path):
-    for world in (1, 2):
-        (tmp_path / str(world)).mkdir()
-        given = {"runs": str(tmp_path / str(world)), "cases": CASES}
-        together(world, "support.team_work:trained_all", tmp_path, **given)
+def test_two_processes_reach_the_losses_of_one(two, tmp_path):
+    team_work.trained_all(str(tmp_path), CASES)
     for case in CASES:
-        one, two = (tmp_path / world / case for world in "12")
-        assert len(rows(one)) >= 3
-        np.testing.assert_allclose(rows(two), rows(one), rtol=1e-5, atol=1e-5, err_msg=case)
-        first, second = (load_file(run / "model" / "model.safetensors") for run in (one, two))
+        mine, theirs = tmp_path / case, two / case
+        assert len(rows(mine)) >= 3
+        np.testing.assert_allclose(rows(theirs), rows(mine), rtol=1e-5, atol=1e-5, err_msg=case)
+        first, second = (load_file(run / "model" / "model.safetensors") for run in (mine, theirs))
         assert first.keys() == second.keys()
         for name, weights in first.items():
             torch.testing.assert_close(second[name], weights, rtol=1e-4, atol=2e-5)
-    the_pictures_of_the_bad_loss_are_named(tmp_path)
+    the_pictures_of_the_bad_loss_are_named(tmp_path, two)
 
 
 def rows(run, columns=("step", "train_loss", "val_loss", "val_accuracy", "lr")):
@@ -100,11 +117,11 @@ def rows(run, columns=("step", "train_loss", "val_loss", "val_accuracy", "lr")):
         return [[float(row[name]) for name in columns] for row in csv.DictReader(file)]
 
 
-def the_pictures_of_the_bad_loss_are_named(folder):
+def the_pictures_of_the_bad_loss_are_named(*folders):
     """Only those of the process that had it."""
     tables = []
-    for world in "12":
-        with (folder / world / "spoilt" / "nan.csv").open() as file:
+    for folder in folders:
+        with (folder / "spoilt" / "nan.csv").open() as file:
             tables.append(list(csv.DictReader(file)))
     one, two = ([row["path"] for row in table] for table in tables)
     assert len(one) == 8
