@@ -2,7 +2,7 @@
 """MAFormer: windows see what is near, a learned summary of all tokens what is far, and they meet.
 
 "MAFormer: A Transformer Network with Multi-scale Attention Fusion for Visual Recognition", Wang,
-Sun, Liu, Xue, Feng, Wang, arXiv 2209.01620, 2022; Neurocomputing 595, 2024.
+Sun et al., arXiv 2209.01620, 2022; Neurocomputing 595, 2024.
 
     stem: conv7x7/4;   between stages: conv3x3/2;   logits = head(mean over the map(LN x))
     stages 0 1, MAF blocks; stages 2 3, x = x + pos once, then pre-norm blocks of plain attention
