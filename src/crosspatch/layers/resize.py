@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def resize_matrix(n_in: int, n_out: int) -> Tensor:
-    """(n_out, n_in) float32: each row holds the four cubic weights of an output pixel.
+def resize_matrix(n_in: int, n_out: int, mode: str = "bicubic") -> Tensor:
+    """(n_out, n_in) float32: each row holds the four cubic weights of an output pixel, with the
+    mode "bilinear" the two linear ones.
 
     It is what torch's own resize makes of the identity, so its rounding of coordinates is kept as
     well (weights worked out in float64 differ by up to 4e-5 on pixels).
     """
     identity = torch.eye(n_in)[None, None]
-    return F.interpolate(identity, (n_out, n_in), mode="bicubic", align_corners=False)[0, 0]
+    return F.interpolate(identity, (n_out, n_in), mode=mode, align_corners=False)[0, 0]
 
 
 class FixedResize(nn.Module):
