@@ -214,6 +214,16 @@ def test_a_hundred_circular_shifts_leave_the_logits(name) -> None:
     assert len(before.argmax(1).unique()) > 1
 
 
+@pytest.mark.parametrize("name", MICRO)
+def test_new_networks_keep_the_law(name) -> None:
+    """The first norm would otherwise make the energies of all phases equal."""
+    torch.manual_seed(3)
+    model = xp.create_model(name, num_classes=5).eval()
+    x, shifts = torch.randn(64, 3, 32, 32), torch.randint(0, 32, (64, 2)).tolist()
+    with torch.no_grad():
+        assert difference(model(each_rolled(x, shifts)), model(x)) < 1e-5
+
+
 @settings(deadline=None, max_examples=5)
 @given(st.sampled_from(MICRO), st.data(), AXIS, AXIS)
 def test_the_law_holds_for_every_size_that_runs(name, data, down, right) -> None:

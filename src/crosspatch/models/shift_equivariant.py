@@ -18,8 +18,9 @@
 
 PolyOrder stands on the residual stream and is never undone: the maps inside come out rolled, logits
 do not depend on it. A CIRCULAR shift of the picture, by any number of pixels, leaves the logits as
-they are (up to rounding). Real translations bring new pixels in at the border: they are not
-covered, nor is anything that pads, crops or resizes in between.
+they are, up to rounding: of two phases whose energies agree to seven digits the other may be chosen
+(in half precision, to three digits, which is no longer rare). Real translations bring new pixels in
+at the border: they are not covered, nor is anything that pads, crops or resizes in between.
 
 Sizes: what every grid divides alone keeps that law. Sides must be multiples of `unit` (32 for
 PolyTwins; the patch for PolyViT); others raise ValueError. Windows that do not divide a map are
@@ -28,8 +29,10 @@ at construction, for `img_size`, as its tables belong to a window.
 
 Departures: maps need not be square; energies are summed in float32 and over positions in float64; a
 convolution between stages is anchored where the stage before it does not end with an r that it
-divides. The paper's forward-only mode that also moves the strongest patch to the corner is not
-here. PolySwin is a reading: the sheet has no more of it than the lines above, and no vectors.
+divides. First weights of the norms before anchors spread by 0.1 around 1: with ones every token has
+the same norm, and a new network would choose phases by rounding. The paper's forward-only mode that
+also moves the strongest patch to the corner is not here. PolySwin is a reading: the sheet has no
+more of it than the lines above, and no vectors.
 
 Expected at 224 (M parameters, GMACs): polyvit tiny 5.68, 1.17; small 21.98, 4.28; base 86.43, 16.35
 (the last block computes its class token alone). polytwins small 24.06, 2.93; base 56.07, 8.56;
@@ -47,6 +50,7 @@ from typing import Any
 import crosspatch._torchvision  # noqa: F401
 
 import torch
+from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -69,6 +73,7 @@ from crosspatch.models.vit import VisionTransformer
 
 __all__ = ["PolyOrder", "PolySwin", "PolyTwins", "PolyViT", "checkpoint_filter_fn"]
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+SPREAD = 0.1  # of the first weights of embeddings' norms
 FIXED = ("pos_embed", "no_embed_class", "stem", "dynamic_img_size")  # of the trunk, for PolyViT
 
 
@@ -136,6 +141,7 @@ class _Poly(Pyramid):
         self.stages = nn.ModuleList(stages)
         self.norm = LayerNorm(widths[-1])
         self.apply(init_linear)
+        self.apply(_spread)
         self.finish(widths, [patch * 2**i for i in range(len(widths))], **told)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -289,6 +295,13 @@ class PolySwin(_Poly):
 
 
 # ---------------------------------------------------------------------- shapes
+
+
+def _spread(module: nn.Module) -> None:
+    """First weights of the norms before anchors: with ones all tokens would be of equal norm, and
+    rounding would choose among the phases."""
+    if isinstance(module, AnchoredEmbed) and not module.norm.weight.is_meta:
+        trunc_normal_(module.norm.weight, mean=1.0, std=SPREAD)
 
 
 def _rounded(size: Size, unit: Size) -> Size:
