@@ -201,6 +201,11 @@ def test_options_of_the_constructor() -> None:
     assert mixed(torch.randn(1, 3, 40, 24)).shape == (1, 3)
 
 
+def test_another_configuration_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected one of astroformer_0"):
+        Astroformer.from_authors("coatnet_0")
+
+
 def test_first_weights() -> None:
     torch.manual_seed(0)
     model = Astroformer(**SMALLEST)

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
@@ -98,20 +99,14 @@ class Astroformer(Pyramid):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        count = len(embed_dim)
-        kinds = ["C"] * (count - 1) + ["T"] if block_type is None else list(block_type)
-        steps = [2] * count if strides is None else list(strides)
-        stem = [stem_width] * 2 if isinstance(stem_width, int) else list(stem_width)
+        stem, kinds, steps = _plan(stem_width, block_type, strides, len(embed_dim))
         _check(stem, embed_dim, depths, kinds, steps, dim_head, weight_init)
         conv = timms.MaxxVitConvCfg(
             expand_ratio=expand_ratio, kernel_size=kernel_size, attn_ratio=se_ratio
         )
+        drops: Any = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         attention = timms.MaxxVitTransformerCfg(
-            dim_head=dim_head,
-            expand_ratio=mlp_ratio,
-            attn_drop=attn_drop_rate,
-            proj_drop=proj_drop_rate,
-            rel_pos_type="",
+            dim_head=dim_head, expand_ratio=mlp_ratio, rel_pos_type="", **drops
         )
         self.stem = timms.Stem(in_chans, stem, act_layer=conv.act_layer)
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
@@ -126,19 +121,19 @@ class Astroformer(Pyramid):
         self.norm_head = PreLogits(width, hidden)
         self.finish(
             embed_dim,
-            [2 * step for step in accumulate(steps, lambda a, b: a * b)],
-            img_size=img_size,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-        )
+            [2 * stride for stride in accumulate(steps, mul)],
+            img_size=img_size, in_chans=in_chans, num_classes=num_classes,
+            global_pool=global_pool, drop_rate=drop_rate,
+        )  # fmt: skip
         self.head_hidden_size = hidden
         self.head = self.make_head(num_classes)
 
     @classmethod
     def from_authors(cls, cfg: str | None = None, **build: Any) -> Astroformer:
-        """Built with the name of one of the authors' configurations, or with what stands in one."""
+        """Built with the name of one of the authors' configurations, or with what stands in one.
+        Raises ValueError for another name."""
+        if cfg is not None and cfg not in VARIANTS:
+            raise ValueError(f"cfg {cfg!r}; expected one of {', '.join(VARIANTS)}")
         return cls(**({} if cfg is None else VARIANTS[cfg]) | build)
 
     def _first_weights(self, scheme: str) -> None:
@@ -167,6 +162,20 @@ class PreLogits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.norm(x)).tanh()
+
+
+def _plan(
+    stem_width: int | Sequence[int],
+    block_type: Sequence[str] | None,
+    strides: Sequence[int] | None,
+    count: int,
+) -> tuple[Any, list[str], list[int]]:
+    """Widths of the stem, and kinds and strides of `count` stages, where nothing was said too."""
+    return (
+        [stem_width] * 2 if isinstance(stem_width, int) else list(stem_width),
+        ["C"] * (count - 1) + ["T"] if block_type is None else list(block_type),
+        [2] * count if strides is None else list(strides),
+    )
 
 
 def _stage(
