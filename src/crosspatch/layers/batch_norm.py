@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import crosspatch._torchvision  # noqa: F401
+
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
 
 
 class _Total(torch.autograd.Function):
@@ -33,7 +36,8 @@ class _Total(torch.autograd.Function):
 
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What nn.BatchNormNd does, with the statistics of all processes while it trains.
+    """What nn.BatchNormNd does, with the statistics of all processes while it trains; then what
+    timm's norm with an activation has behind it (its children).
 
     x: (B, C, ...); B may differ between processes.
     """
@@ -43,8 +47,12 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected (B, C, ...), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
+        found = self._normalised(input) if self.training else super().forward(input)
+        for behind in self.children():
+            found = behind(found)
+        return found
+
+    def _normalised(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         axes = [0, *range(2, input.ndim)]
         shape = [1, -1, *[1] * (input.ndim - 2)]
