@@ -123,6 +123,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.norm(self.proj(self.conv(x)).permute(0, 2, 3, 1))
 
 
