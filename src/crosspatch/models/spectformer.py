@@ -29,8 +29,8 @@ box is given. `forward_features` gives the map before the last norm, which the h
 vanilla T and B are ours, as the authors' six divide neither width. Built from a description of the
 authors' code, which has no licence; there are no released weights.
 
-Expected at 224 (M parameters, GMACs without the Fourier transforms): vanilla t 9.16, 1.81; xs
-20.03, 3.99; s 32.45, 6.63; b 57.16, 11.7; hierarchical with the auxiliary head h_s 22.23, 4.07; h_b
+Expected at 224 (M parameters, GMACs without the Fourier transforms): vanilla t 9.16, 1.84; xs
+20.03, 3.99; s 32.45, 6.63; b 57.16, 11.6; hierarchical with the auxiliary head h_s 22.23, 4.07; h_b
 33.05, 6.61; h_l 54.68, 13.2. Drop path of the paper: 0.15 for vanilla s, 0.25 for b; 0.1, 0.1, 0.3.
 """
 
