@@ -36,7 +36,6 @@ Expected at 224 (M parameters, GMACs without the Fourier transforms): vanilla t 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -71,7 +70,9 @@ from crosspatch.models.spectformer_blocks import (
     SpectralBlock,
     SpectralGate,
     Stem,
+    init_block,
 )
+from crosspatch.models.spectformer_names import joined, ours, renamed
 
 
 class SpectFormer(FlatTokens):
@@ -143,7 +144,7 @@ class SpectFormer(FlatTokens):
         functions for `fn`, or where there are widths of several stages."""
         if "fn" in build or "embed_dims" in build:
             return HierarchicalSpectFormer.from_authors(**build)
-        return cls(**_ours(build))
+        return cls(**ours(build))
 
 
 class HierarchicalSpectFormer(Pyramid):
@@ -204,7 +205,7 @@ class HierarchicalSpectFormer(Pyramid):
         last = [ClassBlock(width, num_heads[-1], hidden, **attention)] if asks else []
         self.post_network = nn.ModuleList(last)
         self.norm_head = Norm(width)
-        self.apply(_init)
+        self.apply(init_block)
         self.finish(
             embed_dims, [patch_size * 2**i for i in range(len(depths))], img_size=img_size,
             in_chans=in_chans, num_classes=num_classes, drop_rate=drop_rate,
@@ -220,7 +221,7 @@ class HierarchicalSpectFormer(Pyramid):
         name = str(build.pop("fn", "spectformer_s")).replace("spectformer_", "spectformer_h_")
         if name not in HIERARCHICAL:
             raise ValueError(f"fn {name!r}; expected spectformer_s, spectformer_b or spectformer_l")
-        return cls(**{**HIERARCHICAL[name], **_ours(build)})
+        return cls(**{**HIERARCHICAL[name], **ours(build)})
 
     # ------------------------------------------------------------------ forward
 
@@ -329,28 +330,7 @@ def _check(embed_dims, depths, num_heads, mlp_ratios, spectral_stages, patch_siz
         raise ValueError(f"patch_size {patch_size}; the stem takes 2 or 4")
 
 
-def _init(module: nn.Module) -> None:
-    """Linears truncated normal of 0.02; convolutions normal by their outputs; biases 0."""
-    init_linear(module)
-    if not isinstance(module, nn.Conv2d) or module.weight.is_meta:
-        return
-    fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-    nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
 # ---------------------------------------------------------------------- the authors' layouts
-
-_NAMES = {
-    "drop_rate": "proj_drop_rate", "token_label": "aux_head", "stem_hidden_dim": "stem_width",
-}  # fmt: skip
-_IGNORED = ("sr_ratios", "num_stages", "pretrained", "qk_scale")
-
-
-def _ours(build: Mapping[str, Any]) -> dict[str, Any]:
-    """The authors' arguments under our names."""
-    return {_NAMES.get(n, n): value for n, value in build.items() if n not in _IGNORED}
 
 
 def checkpoint_filter_fn(
@@ -363,7 +343,7 @@ def checkpoint_filter_fn(
         state = resize_tables(state, model.position_tables())
     else:
         depth = len(model.stages)
-        state = {_renamed(name, depth): value for name, value in _joined(state).items()}
+        state = {renamed(name, depth): value for name, value in joined(state).items()}
         without = [] if len(model.post_network) else ["post_network."]
         without += ["aux_head."] if model.aux_head is None else []
         state = {n: v for n, v in state.items() if not n.startswith(tuple(without))}
@@ -375,32 +355,6 @@ def checkpoint_filter_fn(
             resized = resize_filter(given, (rows, columns)).permute(1, 2, 0, 3)
             state[key] = resized.to(given.dtype)
     return state
-
-
-def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """q and kv of an attention as one qkv."""
-    joined = {}
-    for name, value in state.items():
-        if ".attn.kv." in name:
-            query = state.get(name.replace(".kv.", ".q."))
-            value = value if query is None else torch.cat([query, value])
-            joined[name.replace(".kv.", ".qkv.")] = value
-        elif ".attn.q." not in name or name.replace(".q.", ".kv.") not in state:
-            joined[name] = value
-    return joined
-
-
-def _renamed(name: str, stages: int) -> str:
-    found = re.match(r"(patch_embed|block|norm)(\d+)\.(.*)", name)
-    if found is None:
-        return name
-    kind, stage, rest = found[1], int(found[2]), found[3]
-    if kind == "patch_embed" and stage == 1:
-        return f"stem.{rest}"
-    if kind == "norm" and stage == stages:
-        return f"norm_head.{rest}"
-    place = {"patch_embed": "downsample", "block": "blocks", "norm": "norm"}[kind]
-    return f"stages.{stage - 1}.{place}.{rest.replace('dwconv.dwconv', 'dwconv')}"
 
 
 VANILLA: dict[str, dict[str, Any]] = {

@@ -19,6 +19,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from crosspatch.layers.attention import Attention
+from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.gnconv import products, resize_filter, transforms
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.maps import on_channels
@@ -213,3 +214,14 @@ class ClassBlock(nn.Module):
         first = x[:, :1] + self.attn(self.norm1(x), rows=1)
         first = first + self.mlp(self.norm2(first))
         return torch.cat([first, x[:, 1:]], dim=1)
+
+
+def init_block(module: nn.Module) -> None:
+    """Linears truncated normal of 0.02; convolutions normal by their outputs; biases 0."""
+    init_linear(module)
+    if not isinstance(module, nn.Conv2d) or module.weight.is_meta:
+        return
+    fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+    nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
