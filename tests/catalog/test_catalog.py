@@ -148,7 +148,7 @@ def test_what_is_no_paper_is_refused(word):
 def test_papers_of_a_kind_and_a_status():
     assert {"mixup", "deit", "token-labeling"} <= set(names(entries("mixing")))
     assert all("mixing" in one.kinds for one in entries("mixing"))
-    assert set(names(entries(status="reconstruction"))) == {"dcal", "psvit"}
+    assert {"dcal", "psvit"} <= set(names(entries(status="reconstruction")))
     with pytest.raises(UsageError, match="--kind mixxing"):
         entries("mixxing")
 
