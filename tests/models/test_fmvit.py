@@ -292,6 +292,15 @@ def test_the_small_one_costs_what_its_peers_do() -> None:
         assert 10.8e6 < count_macs(xp.create_model("fmvit_micro_32"), (3, 32, 32)) < 13.1e6
 
 
+def test_blocks_add_little_at_first() -> None:
+    torch.manual_seed(0)
+    block = xp.create_model("fmvit_micro_32").train().stages[2].blocks[0]
+    x = torch.randn(4, 64, 8, 8)
+    assert block.mixer.projection.branches[0].bn.weight[0].item() == pytest.approx(0.1)
+    embedded = block.patch_embed(x)
+    assert (block(x) - embedded).std() < 0.5 * embedded.std()
+
+
 def test_options_of_the_constructor() -> None:
     model = xp.create_model("fmvit_micro_32", num_classes=3, groups=(1,), identity=False, shuffle=1)
     units = [one for one in model.modules() if isinstance(one, MultigroupUnit)]

@@ -26,8 +26,10 @@ groups of the 3x3 convolutions have the width of a head; r is 8, 4, 2, 1 by stag
 `fold_units` makes every unit one dense 1x1 convolution; `for_inference`, which `export` ships,
 also takes every batch norm into the layer beside it. Both hold for evaluation mode and are exact.
 
-Departures: everything marked (o). The widths and depths of the variants were fitted to the paper's
-numbers of parameters and multiply-adds, so their agreement is no evidence. Odd maps are rounded up.
+Departures: everything marked (o), and that norms behind which a block adds begin at 0.1, as a sum
+of unit norms would drown what it is added to. The widths and depths of the variants were fitted to
+the paper's numbers of parameters and multiply-adds, so their agreement is no evidence. Odd maps are
+rounded up.
 
 Expected folded at 224 (M parameters, GMACs; in brackets with queries and keys of full width, to
 which the widths were fitted; then the paper's numbers): T 1.93, 0.32 (2.00, 0.33; 2.0, 0.3); S
@@ -60,6 +62,7 @@ from crosspatch.models.fmvit_blocks import (
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
 
+FIRST = 0.1  # weight of the norms behind which a block adds
 LONG, EVERY = 2, 5  # the stage in which every fifth block mixes, not only the last
 
 
@@ -119,6 +122,7 @@ class FMViT(Pyramid):
         self.stages = nn.ModuleList(stages)
         self.norm = nn.BatchNorm2d(width)
         self.apply(init_weights)
+        _quiet_branches(self)
         steps = list(itertools.accumulate(stem_strides, int.__mul__))[-1:] + list(strides)
         self.finish(
             widths,
@@ -133,6 +137,16 @@ class FMViT(Pyramid):
     def for_inference(self) -> FMViT:
         """A copy that computes the same with folded units and no batch norm: what is exported."""
         return fold_units(self, norms=True)
+
+
+def _quiet_branches(model: nn.Module) -> None:
+    """Let what blocks add begin small, as it does in Next-ViT: the norms of a unit would otherwise
+    make it twice as large as what it is added to."""
+    for name, module in model.named_modules():
+        if isinstance(module, MultigroupUnit) and name.endswith(("projection", "attn.proj", "fc2")):
+            norms: Any = [branch.bn for branch in module.branches or ()]
+            for norm in norms:
+                nn.init.constant_(norm.weight, FIRST)
 
 
 class ConvNormRelu(nn.Module):
