@@ -21,14 +21,17 @@ ARXIV = re.compile(r"arXiv\s+(\d{4}\.\d{4,5})")
 OF_PAPERS = ("models", "tokens", "mixing", "objectives", "explain", "compress")
 """Rooms in which a file that opens with a paper is that paper's."""
 SHEETS = {
-    "cat": "2106.05786", "cct": "2104.05704", "convnext": "2201.03545", "crossformer": "2108.00154",
-    "crossvit": "2103.14899", "cuda-unlearnable": "2303.04278", "cvt": "2103.15808",
-    "dcal": "2205.02151", "deit": "2012.12877", "deit-lt": "2404.02900", "dhvt": "2210.05958",
-    "duoformer": "2506.12982", "evovit": "2108.01390", "fcaformer": "2211.07198",
-    "hornet": "2207.14284", "mctf": "2403.10030", "metaformer": "2111.11418",
-    "mixpro": "2304.12043", "nextvit": "2207.05501", "psvit": "2108.03428",
-    "resformer": "2212.00776", "resizemix": "2012.11101", "scalekd": "2411.06786",
-    "smt": "2307.08579", "stvit": "2303.08685", "swin": "2103.14030",
+    "ascan": "2411.04967", "astroformer": "2304.05350", "cat": "2106.05786", "cct": "2104.05704",
+    "convnext": "2201.03545", "crossformer": "2108.00154", "crossvit": "2103.14899",
+    "cuda-unlearnable": "2303.04278", "cvt": "2103.15808", "dcal": "2205.02151",
+    "deit": "2012.12877", "deit-lt": "2404.02900", "dhvt": "2210.05958", "duoformer": "2506.12982",
+    "dwnet": "2106.04263", "evovit": "2108.01390", "fcaformer": "2211.07198",
+    "fmvit": "2311.05707", "hornet": "2207.14284", "maformer": "2209.01620", "mctf": "2403.10030",
+    "medvitv2": "2502.13693", "metaformer": "2111.11418", "mixpro": "2304.12043",
+    "nextvit": "2207.05501", "psvit": "2108.03428", "resformer": "2212.00776",
+    "resizemix": "2012.11101", "s2aformer": "2505.22195", "scalekd": "2411.06786",
+    "shift-equivariant": "2306.07470", "smt": "2307.08579", "spectformer": "2304.06446",
+    "sret": "2111.05297", "stvit": "2303.08685", "swin": "2103.14030", "tic": "2310.04134",
     "token-labeling": "2104.10858",
 }  # fmt: skip
 """The papers' own ids, as the descriptions that they were built from have them."""

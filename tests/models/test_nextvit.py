@@ -118,6 +118,13 @@ def test_without_a_classifier_the_last_norm_stays() -> None:
     torch.testing.assert_close(answer(merged, x), answer(model, x))
 
 
+def test_the_last_norm_is_not_taken_through_a_maximum() -> None:
+    model, x = micro(global_pool="max"), torch.randn(1, 3, 32, 32).double()
+    with torch.no_grad():
+        model.norm.weight.neg_()
+    torch.testing.assert_close(answer(merge_norms(model, True), x), answer(model, x))
+
+
 def test_keys_are_means_of_tokens_in_a_row_or_of_cells() -> None:
     ramp = torch.arange(16.0).view(1, 16, 1).expand(-1, -1, 8)
     for pool, expected in (("1d", [1.5, 5.5, 9.5, 13.5]), ("2d", [2.5, 4.5, 10.5, 12.5])):

@@ -41,13 +41,12 @@ from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from timm.models import nextvit as timms
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from crosspatch.layers.folding import fold_after, fold_before, is_batch_norm
 from crosspatch.models.adopted import Adopted
 from crosspatch.models.nextvit_blocks import KEY_POOLS, RELU, TransformerBlock
 from crosspatch.models.pyramid import Stage
@@ -217,40 +216,19 @@ def merge_norms(model: NextViT, convolutions: bool = False) -> NextViT:
 def _merge(model: NextViT) -> None:
     for block in model.modules():
         if isinstance(block, timms.NextConvBlock):
-            _fold(block.mlp.fc1, block.norm)
+            fold_before(block.mlp.fc1, block.norm)
             block.norm = nn.Identity()
         elif isinstance(block, TransformerBlock):
             attention: Any = block.e_mhsa
             keys = [block.norm1] + ([attention.norm] if attention.sr_ratio > 1 else [])
-            _fold(attention.q, block.norm1)
-            _fold(attention.k, *keys)
-            _fold(attention.v, *keys)
-            _fold(block.mlp.fc1, block.norm2)
+            fold_before(attention.q, block.norm1)
+            fold_before(attention.k, *keys)
+            fold_before(attention.v, *keys)
+            fold_before(block.mlp.fc1, block.norm2)
             block.norm1 = block.norm2 = nn.Identity()
             if attention.sr_ratio > 1:
                 attention.norm = nn.Identity()
     model.merged = True
-
-
-@torch.no_grad()
-def _fold(layer: Any, *norms: Any) -> None:
-    """Take `norms`, first to last, into the linear layer or 1x1 convolution behind them."""
-    scale, shift = _affine(norms[0])
-    for norm in norms[1:]:
-        more, offset = _affine(norm)
-        scale, shift = scale * more, shift * more + offset
-    weight = layer.weight.flatten(1)
-    layer.bias.add_(weight @ shift)
-    layer.weight.copy_((weight * scale).view_as(layer.weight))
-
-
-def _affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(s, t): the norm computes s x + t."""
-    mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None:
-        raise ValueError("a batch norm without running statistics cannot be merged")
-    scale = norm.weight / torch.sqrt(variance + norm.eps)
-    return scale, norm.bias - mean * scale
 
 
 def _merge_convolutions(model: NextViT) -> None:
@@ -261,13 +239,11 @@ def _merge_convolutions(model: NextViT) -> None:
             pair = ("group_conv3x3", "norm")
         else:
             continue
-        conv, norm = (getattr(module, name) for name in pair)
-        if isinstance(norm, nn.BatchNorm2d):
-            setattr(module, pair[0], fuse_conv_bn_eval(conv, norm))
-            module.norm = nn.Identity()
+        fold_after(module, *pair)
     head: Any = model.head
-    if isinstance(head.fc, nn.Linear) and isinstance(model.norm, nn.BatchNorm2d):
-        _fold(head.fc, model.norm)
+    averages = head.global_pool.pool_type == "avg"  # a maximum is not that of the scaled map
+    if averages and isinstance(head.fc, nn.Linear) and is_batch_norm(model.norm):
+        fold_before(head.fc, model.norm)
         model.norm = nn.Identity()
 
 
