@@ -46,6 +46,8 @@ OURS = (
     "crossvit_small_240", "swin_tiny_patch4_window7_224", "convnext_tiny", "nextvit_small",
     "cct_14_7x2_224", "cvt_13", "dhvt_small_imagenet_patch16", "crossformer_small", "cat_small",
     "smt_s", "hornet_tiny_7x7", "poolformer_s24", "fcaformer_l2", "duoformer_r18_s4_channel",
+    "sret_t", "spectformer_h_s", "dwnet_tiny", "astroformer_0", "medvitv2_tiny",
+    "polytwins_svt_small", "tic_small", "maformer_s", "fmvit_m", "s2aformer_m", "ascan_t",
 )  # fmt: skip
 PEERS = (
     "deit_tiny_patch16_224", "deit_small_patch16_224", "resnet18", "resnet34", "resnet50",
@@ -58,8 +60,16 @@ SMALL = (
     "vit_micro_32", "swin_micro_32", "convnext_micro_32", "nextvit_micro_32", "cct_micro_32",
     "cvt_micro_32", "dhvt_micro_32", "crossformer_micro_32", "cat_micro_32", "smt_micro_32",
     "hornet_micro_32", "metaformer_micro_32", "fcaformer_micro_32", "duoformer_micro_32",
+    "sret_micro_32", "spectformer_micro_32", "spectformer_h_micro_32", "dwnet_micro_32",
+    "dynamic_dwnet_micro_32", "i_dynamic_dwnet_micro_32", "astroformer_micro_32",
+    "medvitv2_micro_32", "polyvit_micro_32", "polytwins_micro_32", "tic_micro_32",
+    "maformer_micro_32", "fmvit_micro_32", "s2aformer_micro_32", "ascan_micro_32",
 )  # fmt: skip
-SLUGS: dict[str, str] = {}  # of presets whose paper has another name
+SLUGS = {
+    "spectformer_h": "spectformer", "dynamic_dwnet": "dwnet", "i_dynamic_dwnet": "dwnet",
+    "polyvit": "shift-equivariant", "polytwins": "shift-equivariant",
+}  # fmt: skip
+"""Presets whose paper has another name."""
 SIDE = 224
 
 
@@ -184,7 +194,8 @@ def remember(asked: argparse.Namespace) -> None:
         about = json.loads(kept.read_text())
         base, *others = about["results"]["candidates"]
         for one in others:
-            catalog.record(one["name"], [_outcome(one, base, how, about)])
+            slug = SLUGS.get(one["name"], one["name"])
+            catalog.record(slug, [_outcome(one, base, how, about)])
 
 
 def _outcome(one: dict, base: dict, how: str, about: dict) -> catalog.Measured:
