@@ -27,8 +27,10 @@ from typing import Any
 
 import crosspatch._torchvision
 
+import matplotlib as mpl
 import timm
 import torch
+from matplotlib.figure import Figure
 
 import crosspatch as xp
 from crosspatch import catalog
@@ -42,6 +44,7 @@ from crosspatch.training.compare import Asked, compare
 from hardware import RESULTS, append, facts, milliseconds
 
 PAGE = Path(__file__).parent.parent / "docs" / "backbones.md"
+CHART = PAGE.parent / "figures" / "backbones.png"
 OURS = (
     "crossvit_small_240", "swin_tiny_patch4_window7_224", "convnext_tiny", "nextvit_small",
     "cct_14_7x2_224", "cvt_13", "dhvt_small_imagenet_patch16", "crossformer_small", "cat_small",
@@ -224,7 +227,8 @@ def _papers() -> list[str]:
 def _small(kept: Path, alike: str) -> list[str]:
     about = json.loads(kept.with_suffix(".json").read_text())
     text = kept.with_suffix(".md").read_text()
-    table = [line for line in text.splitlines() if line.startswith("|")]
+    head, rule, base, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    table = [head, rule, base, *sorted(rows, key=_points, reverse=True)]
     told = [line for line in text.splitlines() if line.startswith("- ")]
     better = [line for line in told if line.startswith("- **") and ": better by" in line]
     named = "".join(f" {line[2:]}" for line in better)
@@ -233,11 +237,44 @@ def _small(kept: Path, alike: str) -> list[str]:
         "size, where so many are tried."
     )  # fmt: skip
     return [
-        f"## What small presets learn in equal {alike}", "",
+        f"## What small presets learn in equal {alike}", "", *_chart(about, alike),
         f"CIFAR-10, networks of about the multiply-adds of `{BASE}`; one recipe, the same {alike} "
-        "for each, paired differences.", "",
+        "for each, paired differences. Seconds were taken beside other jobs.", "",
         verdict, "", *table, "", *told, "", f"`{about['command']}`", "",
     ]  # fmt: skip
+
+
+def _points(row: str) -> float:
+    """The difference that a row of the table tells."""
+    return float(row.split("|")[3].split("(")[0])
+
+
+def _chart(about: dict, alike: str) -> list[str]:
+    """Drawn where the epochs are equal: every candidate's difference, the best first."""
+    if alike != "epochs":
+        return []
+    others = about["results"]["candidates"][1:]
+    others = sorted(others, key=lambda one: one["difference"]["mean"])
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7, 1 + 0.26 * len(others)), layout="constrained")
+        axes = figure.subplots()
+        for place, one in enumerate(others):
+            low, mean, high = (100 * one["difference"][key] for key in ("low", "mean", "high"))
+            shown = one["p_holm"] < 0.05
+            colour = ("#0072b2" if mean > 0 else "#d55e00") if shown else "#666666"
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+            axes.plot(mean, place, "o", color=colour)
+        axes.axvline(0, color="black", linestyle="--", linewidth=1)
+        told = [f"{one['settings']['model']}  {100 * one['accuracy']['mean']:.1f} %"
+                for one in others]  # fmt: skip
+        axes.set_yticks(range(len(others)), told, fontsize=9)
+        axes.set_ylim(-0.6, len(others) - 0.4)
+        axes.grid(axis="x", linewidth=0.5, alpha=0.5)
+        share = 100 * about["results"]["candidates"][0]["accuracy"]["mean"]
+        axes.set_xlabel(f"points of test accuracy against {BASE} ({share:.1f} %), 95 % intervals")
+        figure.savefig(CHART, dpi=110)
+    told = "grey: no difference shown; blue better, orange worse, where so many are tried"
+    return [f"![What small presets learn, beside {BASE}; {told}](figures/{CHART.name})", ""]
 
 
 def _large() -> list[str]:
