@@ -271,7 +271,8 @@ def _chart(about: dict, alike: str) -> list[str]:
         axes.set_ylim(-0.6, len(others) - 0.4)
         axes.grid(axis="x", linewidth=0.5, alpha=0.5)
         share = 100 * about["results"]["candidates"][0]["accuracy"]["mean"]
-        axes.set_xlabel(f"points of test accuracy against {BASE} ({share:.1f} %), 95 % intervals")
+        below = f"points of test accuracy against {BASE} ({share:.1f} %), 95 % intervals"
+        figure.supxlabel(below, fontsize=9)
         figure.savefig(CHART, dpi=110)
     told = "grey: no difference shown; blue better, orange worse, where so many are tried"
     return [f"![What small presets learn, beside {BASE}; {told}](figures/{CHART.name})", ""]
