@@ -63,15 +63,11 @@ SMALL = (
     "vit_micro_32", "swin_micro_32", "convnext_micro_32", "nextvit_micro_32", "cct_micro_32",
     "cvt_micro_32", "dhvt_micro_32", "crossformer_micro_32", "cat_micro_32", "smt_micro_32",
     "hornet_micro_32", "metaformer_micro_32", "fcaformer_micro_32", "duoformer_micro_32",
-    "sret_micro_32", "spectformer_micro_32", "spectformer_h_micro_32", "dwnet_micro_32",
-    "dynamic_dwnet_micro_32", "i_dynamic_dwnet_micro_32", "astroformer_micro_32",
-    "medvitv2_micro_32", "polyvit_micro_32", "polytwins_micro_32", "tic_micro_32",
-    "maformer_micro_32", "fmvit_micro_32", "s2aformer_micro_32", "ascan_micro_32",
+    "sret_micro_32", "spectformer_micro_32", "dwnet_micro_32", "astroformer_micro_32",
+    "medvitv2_micro_32", "polytwins_micro_32", "tic_micro_32", "maformer_micro_32",
+    "fmvit_micro_32", "s2aformer_micro_32", "ascan_micro_32",
 )  # fmt: skip
-SLUGS = {
-    "spectformer_h": "spectformer", "dynamic_dwnet": "dwnet", "i_dynamic_dwnet": "dwnet",
-    "polyvit": "shift-equivariant", "polytwins": "shift-equivariant",
-}  # fmt: skip
+SLUGS = {"polytwins": "shift-equivariant"}
 """Presets whose paper has another name."""
 SIDE = 224
 
