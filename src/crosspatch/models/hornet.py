@@ -5,7 +5,7 @@
 Tang, Zhou, Lim, Lu, arXiv 2207.14284, NeurIPS 2022.
 
     stem: LN(conv4x4/4 x)                    between stages: conv2x2/2(LN x)
-    x = x + g1 * gnConv(LN x)                `layers/gnconv.py`; orders 2, 3, 4, 5 by stage
+    x = x + g1 * gnConv(LN x)                `hornet_gnconv.py`; orders 2, 3, 4, 5 by stage
     x = x + g2 * Linear(GELU(Linear(LN x)))  4 times as wide inside
     logits = head(LN(mean over pixels))
 
@@ -37,9 +37,10 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.first_weights import init_weights
-from crosspatch.layers.gnconv import EPS, SCALE, GlobalLocalFilter, GnConv, resize_filter
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.patch_embed import pair
+from crosspatch.layers.spectrum import resize_filter
+from crosspatch.models.hornet_gnconv import EPS, SCALE, GlobalLocalFilter, GnConv
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
 

@@ -13,7 +13,7 @@ arXiv 2502.13693, Applied Soft Computing 2025.
          z = [x, y];                  z = z + DropPath(KAN(BN z))
     KAN: twice W phi(LN x),  phi_g(t) = 1 - tanh^2((t - g) / 0.33) for 8 knots g on [-2, 2]
 
-NA is attention over 7x7 neighbourhoods (`layers/neighbourhood.py`); DWConv is 7x7 in the first
+NA is attention over 7x7 neighbourhoods (`medvitv2_attention.py`); DWConv is 7x7 in the first
 stage, 3x3 later; embed is a 2x2 mean where a stage begins, then conv1x1-BN; E-MHSA has keys of the
 mean of r^2 tokens in a row, r = 8, 4, 2, 1 by stage; a is 0.75 of the width, rounded to heads of
 32. The parts that are Next-ViT's are those of `nextvit_blocks.py`.
@@ -47,9 +47,9 @@ from timm.models import nextvit as timms
 from torch import Tensor, nn
 
 from crosspatch.layers.first_weights import init_weights
-from crosspatch.layers.neighbourhood import TILE
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.windows import Size
+from crosspatch.models.medvitv2_attention import TILE
 from crosspatch.models.medvitv2_blocks import KNOTS, LAYOUTS, GlobalBlock, LocalBlock
 from crosspatch.models.nextvit_blocks import KEY_POOLS, RELU
 from crosspatch.models.pyramid import Pyramid, Stage

@@ -50,9 +50,9 @@ from torch import Tensor, nn
 
 from crosspatch.layers.box import Box
 from crosspatch.layers.first_weights import init_linear
-from crosspatch.layers.gnconv import resize_filter
 from crosspatch.layers.patch_embed import PatchEmbed, pair
 from crosspatch.layers.position import resize_tables
+from crosspatch.layers.spectrum import resize_filter
 from crosspatch.layers.windows import Size
 from crosspatch.models.flat import FlatTokens
 from crosspatch.models.lvvit import AUX_WEIGHT, DenseLogits, swap

@@ -8,7 +8,6 @@ maps (B, H, W, C).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import crosspatch._torchvision  # noqa: F401
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 
 from crosspatch.layers.attention import Attention
 from crosspatch.layers.first_weights import init_linear
-from crosspatch.layers.gnconv import products, resize_filter, transforms
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
+from crosspatch.layers.precision import full_precision
+from crosspatch.layers.spectrum import products, resize_filter, transforms
 from crosspatch.layers.windows import Size
 from crosspatch.models.pyramid import Stage
 
@@ -46,20 +46,12 @@ class SpectralGate(nn.Module):
             nn.init.normal_(self.complex_weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        with _plain(x):
+        with full_precision(x):
             weight = self.complex_weight.permute(2, 0, 1, 3)
             weight = resize_filter(weight, (x.shape[1], x.shape[2] // 2 + 1))
             compiled = torch.compiler.is_compiling() or torch.compiler.is_exporting()
             gate = products if compiled else transforms
             return gate(x.permute(0, 3, 1, 2).float(), weight).permute(0, 2, 3, 1).to(x.dtype)
-
-
-def _plain(x: Tensor) -> AbstractContextManager:
-    """Without autocast, where there is one."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 # ---------------------------------------------------------------------- of the vanilla family

@@ -3,7 +3,7 @@
 
 "TiC: Exploring Vision Transformer in Convolution", arXiv 2310.04134, 2023.
 
-The layer MSA-Conv (`layers/msa_conv.py`) is the authors' and computes what their code computes. THE
+The layer MSA-Conv (`tic_layer.py`) is the authors' and computes what their code computes. THE
 NETWORK IS OURS: the authors released no more than the layer, and the paper's body was not at hand.
 
     stem   LN(conv 4x4 / 4);   four stages of blocks, conv 2x2 / 2 between them
@@ -40,11 +40,11 @@ from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.linear import Linear, linear
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
-from crosspatch.layers.msa_conv import MSAConv, check_window, neighbourhood_attention
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.windows import Size, counts, from_windows, pad_to, to_windows
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
+from crosspatch.models.tic_layer import MSAConv, check_window, neighbourhood_attention
 
 __all__ = ["MSAConv", "TiC", "attention_macs", "checkpoint_filter_fn"]
 CELL = (2, 2)  # of inter-pooling

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Neighbourhood attention: every token of a map attends to the k x k tokens around it.
+"""The attention of MedViTV2 (arXiv 2502.13693): every token of a map over the k x k around it.
 
 "Neighborhood Attention Transformer", Hassani, Walton, Li, Li, Shi, arXiv 2204.07143, CVPR 2023;
 with gaps, "Dilated Neighborhood Attention Transformer", Hassani, Shi, arXiv 2209.15001.
