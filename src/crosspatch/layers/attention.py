@@ -16,6 +16,20 @@ from crosspatch.layers.reducer import AttentionStats
 Norm = Callable[[int], nn.Module]
 
 
+def check_heads(dim: int, heads: int) -> None:
+    """Raises ValueError where the width does not divide by the heads."""
+    if heads < 1 or dim % heads:
+        raise ValueError(f"a width of {dim} must divide by {heads} heads")
+
+
+def join_heads(y: Tensor) -> Tensor:
+    """What the heads of an attention give, (..., heads, N, d), side by side: (..., N, heads * d).
+
+    Kernels differ in how their output lies: an exported graph must not depend on which one ran.
+    """
+    return y.transpose(-3, -2).clone(memory_format=torch.contiguous_format).flatten(-2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with free query-key and value widths (DeiT's where they equal
     `dim`).

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
@@ -187,8 +188,7 @@ class GroupAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"a width of {dim} must divide by {heads} heads")
+        check_heads(dim, heads)
         self.num_heads, self.grouping, self.attn_drop = heads, grouping, attn_drop
         self.cut = grouping.of(size)
         self.register_buffer("places", offsets(self.cut.group), persistent=False)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from crosspatch.layers.attention import Attention
+from crosspatch.layers.attention import Attention, check_heads
 from crosspatch.layers.block import BlockOptions, BlockSpec, make_blocks, run_blocks
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.tokens import TokenState, over_patches
@@ -50,8 +50,7 @@ class CrossAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"a width of {dim} must divide by {heads} heads")
+        check_heads(dim, heads)
         self.num_heads = heads
         self.attn_drop = attn_drop
         self.wq = Linear(dim, dim, bias=qkv_bias)

@@ -21,9 +21,10 @@ from itertools import pairwise
 import crosspatch._torchvision  # noqa: F401
 
 import torch
-from timm.layers import LayerNorm2d, trunc_normal_
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import drawn
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.precision import full_precision
 from crosspatch.layers.spectrum import Size, products, resize_filter, transforms
@@ -106,9 +107,7 @@ class GlobalLocalFilter(nn.Module):
             raise ValueError(f"{dim} channels; a global-local filter halves an even number")
         height, width = pair(size)
         self.dw = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2, bias=False)
-        self.complex_weight = nn.Parameter(torch.zeros(dim // 2, height, width // 2 + 1, 2))
-        if not self.complex_weight.is_meta:
-            trunc_normal_(self.complex_weight, std=0.02)
+        self.complex_weight = drawn(dim // 2, height, width // 2 + 1, 2)
         self.pre_norm = LayerNorm2d(dim, eps=EPS)
         self.post_norm = LayerNorm2d(dim, eps=EPS)
         self._kept: dict[tuple, Tensor] = {}
