@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import crosspatch as xp
-from crosspatch.layers.attention import Attention, CrossAttention
+from crosspatch.layers.attention import Attention
 from crosspatch.models.crossvit import SMALL, TIMM_NAMES, VARIANTS, CrossViT, checkpoint_filter_fn
+from crosspatch.models.crossvit_fusion import CrossAttention
 
 # the sheet's table: millions of parameters, billions of multiply-adds
 TABLE = {

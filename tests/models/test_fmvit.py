@@ -16,7 +16,6 @@ import crosspatch as xp
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.deploy.graph import Shipped, trace
 from crosspatch.errors import UsageError
-from crosspatch.layers.batch_norm import share_norms
 from crosspatch.layers.folding import affine
 from crosspatch.metrics.macs import count_macs
 from crosspatch.models.fmvit import VARIANTS, FMViT, fold_units
@@ -30,6 +29,7 @@ from crosspatch.models.fmvit_blocks import (
     mean_of_cells,
     shuffled,
 )
+from crosspatch.training.batch_norm import share_norms
 from support import goldens
 
 SPEC = Spec(head_dim=8)

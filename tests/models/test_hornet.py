@@ -12,10 +12,11 @@ import torch.nn.functional as F
 import crosspatch as xp
 from crosspatch.deploy.graph import to_onnx
 from crosspatch.errors import UsageError
-from crosspatch.layers import gnconv
-from crosspatch.layers.gnconv import GlobalLocalFilter, GnConv, products, resize_filter, transforms
+from crosspatch.layers.spectrum import products, resize_filter, transforms
 from crosspatch.metrics.macs import count_macs
+from crosspatch.models import hornet_gnconv
 from crosspatch.models.hornet import VARIANTS, HorNet, checkpoint_filter_fn
+from crosspatch.models.hornet_gnconv import GlobalLocalFilter, GnConv
 from support import goldens
 
 PRETRAINED = 10_450  # classes with which the authors count the large models
@@ -236,7 +237,7 @@ def test_a_filter_is_interpolated_once_per_size_and_anew_where_it_changed(monkey
         calls.append(size)
         return resize_filter(weight, size)
 
-    monkeypatch.setattr(gnconv, "resize_filter", counted)
+    monkeypatch.setattr(hornet_gnconv, "resize_filter", counted)
     made, x = filter_of(), torch.randn(1, 6, 12, 10)
     with torch.no_grad():
         first = made(x)

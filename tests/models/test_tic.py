@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import crosspatch as xp
 from crosspatch.errors import UsageError
-from crosspatch.layers.msa_conv import MSAConv
 from crosspatch.metrics.macs import count_macs
 from crosspatch.models.tic import TapAttention, attention_macs, cells, checkpoint_filter_fn, cyclic
+from crosspatch.models.tic_layer import MSAConv
 
 
 class Products(TorchDispatchMode):

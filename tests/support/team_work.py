@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from crosspatch.data.prepare import prepare
-from crosspatch.layers.batch_norm import share_norms
 from crosspatch.objectives.supervised import Supervised
 from crosspatch.training import package, team
+from crosspatch.training.batch_norm import share_norms
 from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.guard import NotFinite, agreed, factor
 from crosspatch.training.loop import fit

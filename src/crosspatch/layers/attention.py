@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head attention: over all tokens (with what a reducer may ask of it), and by one query."""
+"""Multi-head attention over all tokens, with what a reducer may ask of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,20 @@ from crosspatch.layers.linear import Linear, linear
 from crosspatch.layers.reducer import AttentionStats
 
 Norm = Callable[[int], nn.Module]
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Raises ValueError where the width does not divide by the heads."""
+    if heads < 1 or dim % heads:
+        raise ValueError(f"a width of {dim} must divide by {heads} heads")
+
+
+def join_heads(y: Tensor) -> Tensor:
+    """What the heads of an attention give, (..., heads, N, d), side by side: (..., N, heads * d).
+
+    Kernels differ in how their output lies: an exported graph must not depend on which one ran.
+    """
+    return y.transpose(-3, -2).clone(memory_format=torch.contiguous_format).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -189,83 +203,3 @@ class Attention(nn.Module):
         mask = bias[:, None, None, :].to(q.dtype) if bias is not None else None
         p = self.attn_drop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, scale=self.scale)
-
-
-class CrossAttention(nn.Module):
-    """Attention by the first token of a sequence over the whole of it, itself included.
-
-    Only that one query is projected. As there is but one, it takes `wk` with it to the tokens, and
-    the attention is taken of the tokens before `wv`: q . (Wk x) = (Wk^T q) . x and sum a (Wv x) =
-    Wv (sum a x), so no key and no value is ever made, and the cost falls from 2 N C^2 to 2 N C H.
-    `folded = False` computes them all, as the authors do. Parameters carry the authors' names:
-    `wq`, `wk`, `wv`, `proj`.
-    """
-
-    folded = True
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        *,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        if dim % heads:
-            raise ValueError(f"a width of {dim} must divide by {heads} heads")
-        self.num_heads = heads
-        self.attn_drop = attn_drop
-        self.wq = Linear(dim, dim, bias=qkv_bias)
-        self.wk = Linear(dim, dim, bias=qkv_bias)
-        self.wv = Linear(dim, dim, bias=qkv_bias)
-        self.proj = Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: (B, N, C), bias: (B, N) on the keys or None. Returns (B, 1, C)."""
-        gather = self._gather_folded if self.folded else self._gather
-        return self.proj_drop(self.proj(gather(x, bias)))
-
-    def _gather(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        q, k, v = self._heads(self.wq(x[:, :1])), self._heads(self.wk(x)), self._heads(self.wv(x))
-        mask = bias[:, None, None, :].to(q.dtype) if bias is not None else None
-        p = self.attn_drop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
-        return y.transpose(1, 2).flatten(2)
-
-    def _gather_folded(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        shape = (self.num_heads, -1)
-        attention = F.dropout(self._folded_row(x, bias), self.attn_drop, self.training)
-        y = torch.einsum("bhc,hdc->bhd", attention @ x, self.wv.weight.unflatten(0, shape))
-        if self.wv.bias is not None:
-            y = y + attention.sum(dim=-1, keepdim=True) * self.wv.bias.unflatten(0, shape)
-        return y.flatten(1)[:, None]
-
-    def _folded_row(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        shape = (self.num_heads, -1)
-        q = self.wq(x[:, 0]).unflatten(-1, shape)  # (B, H, d)
-        q = q * q.shape[-1] ** -0.5
-        query = torch.einsum("bhd,hdc->bhc", q, self.wk.weight.unflatten(0, shape))
-        logits = query @ x.transpose(1, 2)  # (B, H, N)
-        if self.wk.bias is not None:  # the same for every token: kept for its gradient
-            logits = (
-                logits + torch.einsum("bhd,hd->bh", q, self.wk.bias.unflatten(0, shape))[..., None]
-            )
-        if bias is not None:
-            logits = logits + bias[:, None, :].to(logits.dtype)
-        return logits.softmax(dim=-1)
-
-    def class_row(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, H, N): the attention of the query over the tokens of x (B, N, C), before dropout."""
-        if self.folded:
-            return self._folded_row(x, bias)
-        q, k = self._heads(self.wq(x[:, :1])), self._heads(self.wk(x))
-        logits = (q * (q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
-        if bias is not None:
-            logits = logits + bias[:, None, None, :].to(logits.dtype)
-        return torch.softmax(logits, dim=-1)[:, :, 0]
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

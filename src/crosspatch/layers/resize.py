@@ -8,11 +8,11 @@ an exported graph, where a Resize node took half of the time of a CrossViT.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from crosspatch.layers.precision import full_precision
 
 
 def resize_matrix(n_in: int, n_out: int, mode: str = "bicubic") -> Tensor:
@@ -46,7 +46,7 @@ class FixedResize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) == self.size:
             return x
-        with _full_precision(x):
+        with full_precision(x):
             return self._matrix(x, 0) @ x @ self._matrix(x, 1).transpose(0, 1)
 
     def _matrix(self, x: Tensor, axis: int) -> Tensor:
@@ -56,10 +56,3 @@ class FixedResize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.size}, expected={self.expected}"
-
-
-def _full_precision(x: Tensor):
-    """Keeps autocast from rounding pixels; no context at all where it is off, for export's sake."""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages of blocks with a width of their own, and the reduction between two of them."""
+"""Stages of blocks with a width of their own, the reduction between two of them, and what
+lists with an entry a stage have alike."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,17 +59,41 @@ def build_stages(
 
     `rate` is the stochastic depth of the last block, linear from 0 at the first.
     """
-    depth = sum(len(stage.blocks) for stage in stages)
-    rates = iter(torch.linspace(0, rate, depth, device="cpu").tolist())
+    rates = drop_rates(rate, [len(stage.blocks) for stage in stages])
     blocks, reductions, width = [], nn.ModuleDict(), stages[0].width
     for number, stage in enumerate(stages):
         if stage.width != width or stage.stride > 1:
             reductions[str(number)] = stage.reduction(width, stage.width, stage.stride)
         width = stage.width
-        mine = [next(rates) for _ in stage.blocks]
-        blocks += make_blocks(width, stage.blocks, options, mine)
+        blocks += make_blocks(width, stage.blocks, options, rates[number])
     _check_sharing(stages)
     return nn.Sequential(*blocks), reductions
+
+
+def drop_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """The rates of drop path of stages of so many blocks, linear from 0 to `rate` at the last."""
+    rates = torch.linspace(0, rate, sum(depths), device="cpu")
+    return [part.tolist() for part in rates.split(list(depths))]
+
+
+def one_a_stage(count: int, **lists: Sequence) -> None:
+    """Raises ValueError where a list, told by its name, has not an entry for each of the stages."""
+    for name, values in lists.items():
+        if len(values) != count:
+            raise ValueError(
+                f"{name} has {len(values)} entries for {count} stages; expected one a stage"
+            )
+
+
+def each(count: int, **given: Any) -> list[list[Any]]:
+    """Of every argument one value a stage: the list that was given, or its one value for all.
+    Raises ValueError as `one_a_stage` does."""
+    filled = {}
+    for name, values in given.items():
+        one = isinstance(values, str) or not isinstance(values, Sequence)
+        filled[name] = [values] * count if one else list(values)
+    one_a_stage(count, **filled)
+    return list(filled.values())
 
 
 def _check_sharing(stages: Sequence[StageSpec]) -> None:

@@ -25,9 +25,11 @@ import crosspatch._torchvision  # noqa: F401
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads, join_heads
+from crosspatch.layers.first_weights import drawn
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.patch_embed import pair
@@ -39,9 +41,11 @@ HIDDEN = -1000.0  # and that of padding
 # ---------------------------------------------------------------------- cutting maps
 
 
-def counts(size: Size, window: Size) -> Size:
-    """(rows, columns) of windows that cover a map."""
-    return -(-size[0] // window[0]), -(-size[1] // window[1])
+def counts(size: int | Size, window: int | Size) -> Size:
+    """(rows, columns) of windows that cover a map: its sides after a stride, rounded up."""
+    height, width = (size, size) if isinstance(size, int) else size
+    h, w = (window, window) if isinstance(window, int) else window
+    return -(-height // h), -(-width // w)
 
 
 def pad_to(x: Tensor, window: Size, value: float = 0.0) -> Tensor:
@@ -168,8 +172,7 @@ def relative_index(window: Size, device: torch.device | None = None) -> Tensor:
 
 def bias_table(window: Size, heads: int) -> nn.Parameter:
     """A table ((2h - 1) * (2w - 1), heads), drawn with a deviation of 0.02."""
-    table = torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), heads)
-    return nn.Parameter(table if table.is_meta else trunc_normal_(table, std=0.02))
+    return drawn((2 * window[0] - 1) * (2 * window[1] - 1), heads)
 
 
 def relative_bias(table: Tensor, index: Tensor) -> Tensor:
@@ -185,6 +188,14 @@ def resize_bias_table(table: Tensor, old: Size, new: Size) -> Tensor:
     image = table.float().transpose(0, 1).unflatten(1, (from_h, from_w))[None]
     image = F.interpolate(image, (h, w), mode="bicubic", align_corners=False)
     return image[0].flatten(1).transpose(0, 1).to(table.dtype)
+
+
+def map_bias(table: Tensor, made_for: Size, size: Size, index: Tensor | None = None) -> Tensor:
+    """The bias (heads, tokens, tokens) of a map of `size` by a table of maps or windows `made_for`,
+    resized for others. index: that of `made_for`, where it is kept."""
+    if size != made_for or index is None:
+        index = relative_index(size, table.device)
+    return relative_bias(resize_bias_table(table, made_for, size), index)
 
 
 def fit_bias_table(table: Tensor, window: Size, square: bool = False) -> Tensor:
@@ -227,9 +238,7 @@ def attend(
     if added is not None:
         added = added.flatten(0, 1)[None].to(q.dtype)
     y = F.scaled_dot_product_attention(q, k, v, added, dropout_p=dropout)
-    y = y.unflatten(1, (windows, heads)).transpose(2, 3)
-    # kernels differ in how their output lies: an exported graph must not depend on which one ran
-    return y.clone(memory_format=torch.contiguous_format).flatten(3)
+    return join_heads(y.unflatten(1, (windows, heads)))
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -262,8 +271,7 @@ class WindowAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"a width of {dim} must divide by {heads} heads")
+        check_heads(dim, heads)
         self.num_heads, self.attn_drop = heads, attn_drop
         self.window, self.shift, self.size = pair(window), pair(shift), size
         self.mask_padding = mask_padding

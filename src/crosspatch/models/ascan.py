@@ -30,13 +30,12 @@ alternating 34.62, 6.76; tiny at 64 3.50, 0.054.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs
@@ -46,15 +45,15 @@ from crosspatch.layers.conv_norm import ConvNorm
 from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
-from crosspatch.layers.patch_embed import pair
+from crosspatch.layers.stage import drop_rates
 from crosspatch.layers.windows import (
     Size,
     attend,
     bias_table,
+    counts,
     fit_bias_table,
-    relative_bias,
+    map_bias,
     relative_index,
-    resize_bias_table,
 )
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
@@ -153,10 +152,7 @@ class GlobalAttention(nn.Module):
 
     def bias(self, size: Size) -> Tensor:
         """(heads, H * W, H * W) for maps of `size`."""
-        if size == self.size:
-            return relative_bias(self.rel_bias, self.index)
-        table = resize_bias_table(self.rel_bias, self.size, size)
-        return relative_bias(table, relative_index(size, table.device))
+        return map_bias(self.rel_bias, self.size, size, self.index)
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[1], x.shape[2]
@@ -227,16 +223,15 @@ class AsCAN(Pyramid):
         _check(kinds, dims, head_dim)
         self.stem = _stem(in_chans, dims[0], stem_stride)
         strides = [stem_stride * 2 ** (i + 1) for i in range(len(dims))]
-        count = sum(len(one) for one in kinds)
-        rates = iter(torch.linspace(0, drop_path_rate, count, device="cpu").tolist())
+        rates = drop_rates(drop_path_rate, [len(one) for one in kinds])
         conv = partial(ConvBlock, expand_ratio=expand_ratio, se_ratio=se_ratio)
         options = {"drop": proj_drop_rate, "attn_drop": attn_drop_rate, "qkv_bias": qkv_bias}
         attention = partial(TransformerBlock, mlp_ratio=mlp_ratio, **options)
         stages, width = [], dims[0]
-        for letters, dim, stride in zip(kinds, dims, strides, strict=True):
-            size = _ceil(pair(img_size), stride)
+        for letters, dim, stride, mine in zip(kinds, dims, strides, rates, strict=True):
+            size = counts(img_size, stride)
             place = partial(attention, dim, dim // head_dim, size)
-            stages.append(_stage(letters, width, dim, conv, place, rates))
+            stages.append(_stage(letters, width, dim, conv, place, mine))
             width = dim
         self.stages = nn.ModuleList(stages)
         self.norm_head = nn.LayerNorm(width)
@@ -267,22 +262,18 @@ def _stage(
     dim: int,
     conv: Callable[..., nn.Module],
     attention: Callable[..., nn.Module],
-    rates: Iterator[float],
+    rates: Sequence[float],
 ) -> Stage:
     """The blocks of `letters`, which halve a map of `width`; conv, attention: what makes them."""
     down = Shortcut(width, dim, 2) if letters[0] == "T" else None
     blocks = []
-    for place, kind in enumerate(letters):
+    for place, (kind, rate) in enumerate(zip(letters, rates, strict=True)):
         if kind == "T":
-            blocks.append(attention(drop_path=next(rates)))
+            blocks.append(attention(drop_path=rate))
         else:
             shape = (dim, dim, 1) if place else (width, dim, 2)
-            blocks.append(conv(*shape, drop_path=next(rates)))
+            blocks.append(conv(*shape, drop_path=rate))
     return Stage(down, blocks)
-
-
-def _ceil(size: Size, stride: int) -> Size:
-    return -(-size[0] // stride), -(-size[1] // stride)
 
 
 def read_pattern(pattern: str) -> list[str]:

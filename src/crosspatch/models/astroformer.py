@@ -44,15 +44,14 @@ from timm.models import maxxvit as timms
 from torch import Tensor, nn
 
 from crosspatch.layers.linear import Linear
-from crosspatch.layers.patch_embed import pair
+from crosspatch.layers.stage import drop_rates
 from crosspatch.layers.windows import (
     Size,
     bias_table,
     counts,
     fit_bias_table,
-    relative_bias,
+    map_bias,
     relative_index,
-    resize_bias_table,
 )
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
@@ -109,10 +108,10 @@ class Astroformer(Pyramid):
             dim_head=dim_head, expand_ratio=mlp_ratio, rel_pos_type="", **drops
         )
         self.stem = timms.Stem(in_chans, stem, act_layer=conv.act_layer)
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
-        self.stages, width, size = nn.ModuleList(), stem[-1], counts(pair(img_size), (2, 2))
-        for kind, dim, depth, step in zip(kinds, embed_dim, depths, steps, strict=True):
-            size, mine, rates = counts(size, pair(step)), rates[:depth], rates[depth:]
+        rates = drop_rates(drop_path_rate, depths)
+        self.stages, width, size = nn.ModuleList(), stem[-1], counts(img_size, 2)
+        for kind, dim, step, mine in zip(kinds, embed_dim, steps, rates, strict=True):
+            size = counts(size, step)
             cfg = attention if kind == "T" else conv
             self.stages.append(_stage(width, dim, step, cfg, size, mine))
             width = dim
@@ -239,11 +238,7 @@ class RelativeBias(nn.Module):
 
     def forward(self, size: Size) -> Tensor:
         """The bias (heads, tokens, tokens) of a map of `size`."""
-        table, index = self.relative_position_bias_table, self.index
-        if size != self.size:
-            table = resize_bias_table(table, self.size, size)
-            index = relative_index(size, table.device)
-        return relative_bias(table, index)
+        return map_bias(self.relative_position_bias_table, self.size, size, self.index)
 
 
 def _check(

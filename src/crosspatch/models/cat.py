@@ -35,15 +35,16 @@ import crosspatch._torchvision  # noqa: F401
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from crosspatch.layers.first_weights import init_linear
+from crosspatch.layers.first_weights import drawn, init_linear
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import Table, resize_table, resize_tables
+from crosspatch.layers.stage import drop_rates, one_a_stage
 from crosspatch.layers.windows import (
     PatchMerging,
     Size,
@@ -89,7 +90,7 @@ class Embed(nn.Module):
         else:
             self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         self.norm = norm(dim)
-        self.ape = _table(grid[0] * grid[1], dim) if grid is not None else None
+        self.ape = drawn(1, grid[0] * grid[1], dim) if grid is not None else None
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,11 +104,6 @@ class Embed(nn.Module):
             size = (x.shape[1], x.shape[2])
             x = x + resize_table(self.ape, self.grid, size, 0).unflatten(1, size)
         return self.drop(x)
-
-
-def _table(rows: int, dim: int) -> nn.Parameter:
-    table = torch.zeros(1, rows, dim)
-    return nn.Parameter(table if table.is_meta else trunc_normal_(table, std=0.02))
 
 
 class CrossPatchAttention(nn.Module):
@@ -249,19 +245,18 @@ class CAT(Pyramid):
             ipsa_drop=attn_drop_rate, norm=norm,
             cpsa_drop=attn_drop_rate if cpsa_attn_drop_rate is None else cpsa_attn_drop_rate,
         )  # fmt: skip
-        size = counts(pair(img_size), pair(patch_size))
+        size = counts(img_size, patch_size)
         self.stem = Embed(
             in_chans, embed_dim, patch_size, stem, size if ape else None,
             norm if patch_norm else nn.Identity, proj_drop_rate,
         )  # fmt: skip
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        rates = drop_rates(drop_path_rate, depths)
         self.stages, dim = nn.ModuleList(), embed_dim
-        for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+        for i, (mine, heads) in enumerate(zip(rates, num_heads, strict=True)):
             merging = None
             if i:
-                merging, dim, size = PatchMerging(dim, norm=norm), 2 * dim, counts(size, (2, 2))
+                merging, dim, size = PatchMerging(dim, norm=norm), 2 * dim, counts(size, 2)
             patch = fitted(window_size, size) if fit_windows else pair(window_size)
-            mine, rates = rates[:depth], rates[depth:]
             blocks = [triple(dim, heads, patch, size, rate) for rate in mine]
             self.stages.append(Stage(merging, blocks))
         self.norm = norm(dim)
@@ -310,8 +305,7 @@ def _check(patch_size: int, depths: Sequence[int], num_heads: Sequence[int], ste
         raise ValueError(f"stem {stem!r}; expected one of {', '.join(STEMS)}")
     if stem == "slice" and patch_size & (patch_size - 1):
         raise ValueError(f"patch_size {patch_size}; the stem 'slice' takes a power of two")
-    if len(depths) != len(num_heads):
-        raise ValueError(f"num_heads has {len(num_heads)} entries for {len(depths)} stages")
+    one_a_stage(len(depths), num_heads=num_heads)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: CAT) -> dict[str, Tensor]:

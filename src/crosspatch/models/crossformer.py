@@ -43,7 +43,8 @@ from torch import Tensor, nn
 
 from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.patch_embed import pair
-from crosspatch.layers.windows import pad_to
+from crosspatch.layers.stage import drop_rates, each, one_a_stage
+from crosspatch.layers.windows import counts, pad_to
 from crosspatch.models.crossformer_blocks import PADDINGS, CrossFormerBlock, Grouping
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
@@ -133,25 +134,25 @@ class CrossFormer(Pyramid):
     ) -> None:
         super().__init__()
         count = len(depths)
-        group_size, mlp_ratio = _each(group_size, count), _each(mlp_ratio, count)
-        _check(count, num_heads, group_size, crs_interval, mlp_ratio, merge_size, pad_type)
+        group_size, mlp_ratio = each(count, group_size=group_size, mlp_ratio=mlp_ratio)
+        _check(count, num_heads, group_size, crs_interval, merge_size, pad_type)
         distant = [None] * count if adaptive_interval else crs_interval
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        rates = drop_rates(drop_path_rate, depths)
         steps = [min(patch_size), *(min(kernels) for kernels in merge_size[: count - 1])]
         (height, width), size = pair(img_size), (0, 0)
         self.stem, stages = CrossScaleEmbed(in_chans, embed_dim, patch_size), []
-        for i, depth in enumerate(depths):
+        for i, mine in enumerate(rates):
             dim, downsample = embed_dim * 2**i, None
             if i:
                 downsample = CrossScaleMerge(dim // 2, dim, merge_size[i - 1])
-                size = -(-size[0] // steps[i]), -(-size[1] // steps[i])
+                size = counts(size, steps[i])
             else:
                 size = height // steps[0], width // steps[0]
             blocks = _blocks(
                 dim,
                 num_heads[i],
                 [Grouping(group_size[i], interval, pad_type) for interval in (1, distant[i])],
-                [rates.pop(0) for _ in range(depth)],
+                mine,
                 use_acl,
                 mlp_ratio=mlp_ratio[i],
                 size=size,
@@ -203,21 +204,8 @@ def _blocks(
     ]
 
 
-def _each(value: Any, count: int) -> list[Any]:
-    """One value for each stage."""
-    return list(value) if isinstance(value, Sequence) else [value] * count
-
-
-def _check(count, num_heads, group_size, crs_interval, mlp_ratio, merge_size, pad_type) -> None:
-    given = {
-        "num_heads": num_heads,
-        "group_size": group_size,
-        "crs_interval": crs_interval,
-        "mlp_ratio": mlp_ratio,
-    }
-    for name, values in given.items():
-        if len(values) != count:
-            raise ValueError(f"{name} has {len(values)} entries for {count} stages")
+def _check(count, num_heads, group_size, crs_interval, merge_size, pad_type) -> None:
+    one_a_stage(count, num_heads=num_heads, crs_interval=crs_interval)
     if len(merge_size) < count - 1:
         raise ValueError(f"merge_size has {len(merge_size)} entries for {count - 1} merges")
     if min(*group_size, *crs_interval) < 1:

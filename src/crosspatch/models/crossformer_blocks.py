@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
+from crosspatch.layers.precision import full_precision
 from crosspatch.layers.windows import Size, attend, relative_bias, relative_index
 
 HIDDEN = -3e4  # on the logits of padding: half precision holds it, and its softmax is 0
@@ -125,11 +127,8 @@ class DynamicPosBias(nn.Module):
 
     def forward(self, places: Tensor) -> Tensor:
         """places: (offsets, 2), of `offsets`."""
-        kind = places.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return self.table(places)
-        return self.table(places)
+        with full_precision(places):
+            return self.table(places)
 
     def table(self, places: Tensor) -> Tensor:
         """What `forward` gives, in the precision of the weights."""
@@ -189,8 +188,7 @@ class GroupAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"a width of {dim} must divide by {heads} heads")
+        check_heads(dim, heads)
         self.num_heads, self.grouping, self.attn_drop = heads, grouping, attn_drop
         self.cut = grouping.of(size)
         self.register_buffer("places", offsets(self.cut.group), persistent=False)

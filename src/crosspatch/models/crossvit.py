@@ -41,6 +41,7 @@ from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.patch_embed import ConvStem, PatchEmbed, pair
 from crosspatch.layers.position import Table, resize_tables
 from crosspatch.layers.resize import FixedResize
+from crosspatch.layers.stage import drop_rates
 from crosspatch.layers.tokens import TokenState, as_map, mean_patch, select_patches
 from crosspatch.models.crossvit_fusion import FUSIONS, States
 from crosspatch.models.crossvit_stems import DaggerStem, T2TStem
@@ -384,9 +385,7 @@ def _nearest_multiple(length: float, patch: int) -> int:
 def _drop_paths(depth: Sequence[Sequence[int]], rate: float) -> list[list[float]]:
     """Linear over the longest branch and the fusion of every encoder."""
     counts = [max(1, max(d[:-1]) + d[-1]) for d in depth]
-    rates = torch.linspace(0, rate, sum(counts), device="cpu").tolist()
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    return [rates[s : s + n] for s, n in zip(starts, counts, strict=True)]
+    return drop_rates(rate, counts)
 
 
 def _stem(kind: str, in_chans: int, dim: int, patch_size: int) -> nn.Module:

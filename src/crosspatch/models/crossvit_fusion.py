@@ -16,15 +16,95 @@ from typing import Any
 import crosspatch._torchvision  # noqa: F401
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from crosspatch.layers.attention import Attention, CrossAttention
+from crosspatch.layers.attention import Attention, check_heads
 from crosspatch.layers.block import BlockOptions, BlockSpec, make_blocks, run_blocks
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.tokens import TokenState, over_patches
 
 States = list[TokenState]
+
+
+class CrossAttention(nn.Module):
+    """Attention by the first token of a sequence over the whole of it, itself included.
+
+    Only that one query is projected. As there is but one, it takes `wk` with it to the tokens, and
+    the attention is taken of the tokens before `wv`: q . (Wk x) = (Wk^T q) . x and sum a (Wv x) =
+    Wv (sum a x), so no key and no value is ever made, and the cost falls from 2 N C^2 to 2 N C H.
+    `folded = False` computes them all, as the authors do. Parameters carry the authors' names:
+    `wq`, `wk`, `wv`, `proj`.
+    """
+
+    folded = True
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, heads)
+        self.num_heads = heads
+        self.attn_drop = attn_drop
+        self.wq = Linear(dim, dim, bias=qkv_bias)
+        self.wk = Linear(dim, dim, bias=qkv_bias)
+        self.wv = Linear(dim, dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: (B, N, C), bias: (B, N) on the keys or None. Returns (B, 1, C)."""
+        gather = self._gather_folded if self.folded else self._gather
+        return self.proj_drop(self.proj(gather(x, bias)))
+
+    def _gather(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        q, k, v = self._heads(self.wq(x[:, :1])), self._heads(self.wk(x)), self._heads(self.wv(x))
+        mask = bias[:, None, None, :].to(q.dtype) if bias is not None else None
+        p = self.attn_drop if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p)
+        return y.transpose(1, 2).flatten(2)
+
+    def _gather_folded(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        shape = (self.num_heads, -1)
+        attention = F.dropout(self._folded_row(x, bias), self.attn_drop, self.training)
+        y = torch.einsum("bhc,hdc->bhd", attention @ x, self.wv.weight.unflatten(0, shape))
+        if self.wv.bias is not None:
+            y = y + attention.sum(dim=-1, keepdim=True) * self.wv.bias.unflatten(0, shape)
+        return y.flatten(1)[:, None]
+
+    def _folded_row(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        shape = (self.num_heads, -1)
+        q = self.wq(x[:, 0]).unflatten(-1, shape)  # (B, H, d)
+        q = q * q.shape[-1] ** -0.5
+        query = torch.einsum("bhd,hdc->bhc", q, self.wk.weight.unflatten(0, shape))
+        logits = query @ x.transpose(1, 2)  # (B, H, N)
+        if self.wk.bias is not None:  # the same for every token: kept for its gradient
+            logits = (
+                logits + torch.einsum("bhd,hd->bh", q, self.wk.bias.unflatten(0, shape))[..., None]
+            )
+        if bias is not None:
+            logits = logits + bias[:, None, :].to(logits.dtype)
+        return logits.softmax(dim=-1)
+
+    def class_row(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, H, N): the attention of the query over the tokens of x (B, N, C), before dropout."""
+        if self.folded:
+            return self._folded_row(x, bias)
+        q, k = self._heads(self.wq(x[:, :1])), self._heads(self.wk(x))
+        logits = (q * (q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
+        if bias is not None:
+            logits = logits + bias[:, None, None, :].to(logits.dtype)
+        return torch.softmax(logits, dim=-1)[:, :, 0]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class ClassCrossAttention(nn.Module):

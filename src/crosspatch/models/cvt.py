@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import Table, resize_tables
+from crosspatch.layers.stage import each
 from crosspatch.models.cvt_blocks import Block, ConvEmbed, ConvStage, Size, Tokens, patches
 from crosspatch.models.pyramid import POOLS, Pyramid
 from crosspatch.models.registry import register, settings, unwrapped
@@ -221,13 +222,8 @@ def _blocks(dim: int, depth: int, drop_path: float, **options: Any) -> list[Bloc
 
 def _rows(columns: Mapping[str, Any], stages: int) -> list[dict[str, Any]]:
     """One mapping per stage, of columns that hold a value for all stages or one for each."""
-    filled = {}
-    for name, values in columns.items():
-        one = isinstance(values, str) or not isinstance(values, Sequence)
-        filled[name] = [values] * stages if one else list(values)
-        if len(filled[name]) != stages:
-            raise ValueError(f"{name} has {len(filled[name])} entries for {stages} stages")
-    return [dict(zip(filled, row, strict=True)) for row in zip(*filled.values(), strict=True)]
+    rows = zip(*each(stages, **columns), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _in_the_last(value: Any, stages: int, otherwise: Any) -> Any:

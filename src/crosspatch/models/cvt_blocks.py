@@ -11,9 +11,11 @@ import crosspatch._torchvision  # noqa: F401
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNormFp32, QuickGELU, trunc_normal_
+from timm.layers import DropPath, LayerNormFp32, QuickGELU
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads, join_heads
+from crosspatch.layers.first_weights import drawn
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.position import resize_table
@@ -95,9 +97,7 @@ class ConvAttention(nn.Module):
         v = self._heads(self.proj_v, first, self.conv_proj_v(grid))
         drop = self.attn_drop if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
-        # kernels differ in how their output lies: an exported graph must not depend on it
-        y = y.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(self.proj(join_heads(y)))
 
     def _heads(self, proj: nn.Module, first: Tensor, grid: Tensor) -> Tensor:
         """first: (B, prefix, C), grid: (B, C, h, w). Returns (B, heads, tokens, C / heads)."""
@@ -106,8 +106,7 @@ class ConvAttention(nn.Module):
 
 
 def _check_attention(dim, heads, method, kernel, padding_q, stride_q) -> None:
-    if dim % heads:
-        raise ValueError(f"a width of {dim} must divide by {heads} heads")
+    check_heads(dim, heads)
     if method not in METHODS:
         raise ValueError(f"qkv_proj_method {method!r}; expected one of {', '.join(METHODS)}")
     if method == "dw_bn" and (stride_q != 1 or 2 * padding_q != kernel - 1):
@@ -172,8 +171,8 @@ class ConvStage(nn.Module):
     ) -> None:
         super().__init__()
         self.downsample = nn.Identity() if downsample is None else downsample
-        self.cls_token = _table(1, dim) if cls_token else None
-        self.pos_embed = _table(size[0] * size[1], dim) if size is not None else None
+        self.cls_token = drawn(1, 1, dim) if cls_token else None
+        self.pos_embed = drawn(1, size[0] * size[1], dim) if size is not None else None
         self.size, self.drop = size, nn.Dropout(drop)
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
@@ -198,8 +197,3 @@ class ConvStage(nn.Module):
 def patches(state: Tokens) -> Tensor:
     """The map (B, H, W, C) of patches, without the class token."""
     return state.x[:, state.prefix :].unflatten(1, state.size)
-
-
-def _table(rows: int, dim: int) -> nn.Parameter:
-    table = torch.zeros(1, rows, dim)
-    return nn.Parameter(table if table.is_meta else trunc_normal_(table, std=0.02))

@@ -38,16 +38,17 @@ from typing import Any
 import crosspatch._torchvision  # noqa: F401
 
 import torch
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.attention import Attention
-from crosspatch.layers.first_weights import init_linear
+from crosspatch.layers.first_weights import drawn, init_linear
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.patch_embed import PatchEmbed, flatten_grid, pair
 from crosspatch.layers.position import resize_tables
+from crosspatch.layers.windows import counts
 from crosspatch.models.flat import FlatTokens
 from crosspatch.models.registry import register, settings, unwrapped
 
@@ -107,9 +108,7 @@ class HeadTokenAttention(Attention):
         self.ht_proj = Linear(size, dim)
         self.ht_norm = nn.LayerNorm(size)
         self.ht_act = nn.GELU()
-        self.pos_embed = nn.Parameter(torch.zeros(1, heads, dim))  # of the heads
-        if not self.pos_embed.is_meta:
-            trunc_normal_(self.pos_embed, std=0.02)
+        self.pos_embed = drawn(1, heads, dim)  # of the heads
 
     def head_tokens(self, x: Tensor) -> Tensor:
         """Tokens (B, n, D) to those of the heads, (B, h, D)."""
@@ -219,8 +218,8 @@ class DHVT(FlatTokens):
         grid = self.grid_of(pair(img_size))
         embed = OverlappingPatchEmbed if sope else PatchEmbed
         self.patch_embed = embed(in_chans, embed_dim, patch_size)
-        self.cls_token = _table(1, embed_dim)
-        self.pos_embed = _table(1 + math.prod(grid), embed_dim) if pos_embed == "learn" else None
+        self.cls_token = drawn(1, 1, embed_dim)
+        self.pos_embed = drawn(1, 1 + math.prod(grid), embed_dim) if pos_embed == "learn" else None
         block = partial(
             HybridBlock,
             embed_dim,
@@ -249,7 +248,7 @@ class DHVT(FlatTokens):
                 f"an image of {size[0]}x{size[1]}; without sope its sides must be multiples of the "
                 f"patch ({patch}): resize it, or build the model with img_size=… of such"
             )
-        return -(-size[0] // patch), -(-size[1] // patch)
+        return counts(size, patch)
 
     def patches(self, x: Tensor) -> tuple[Tensor, Grid]:
         """Images (B, in_chans, H, W) to patches (B, h * w, C) and their grid (h, w)."""
@@ -275,11 +274,6 @@ class DHVT(FlatTokens):
             return cls(**{**VARIANTS[name], **build})
         except TypeError as error:
             raise ValueError(f"{error}; expected arguments of the authors' models") from error
-
-
-def _table(rows: int, dim: int) -> nn.Parameter:
-    table = nn.Parameter(torch.zeros(1, rows, dim))
-    return table if table.is_meta else trunc_normal_(table, std=0.02)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: DHVT) -> dict[str, Tensor]:

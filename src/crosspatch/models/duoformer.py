@@ -41,9 +41,8 @@ from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import resize_table, square_grid
-from crosspatch.layers.windows import Size
+from crosspatch.layers.windows import Size, counts
 from crosspatch.models.duoformer_parts import (
     EPS,
     STD,
@@ -106,7 +105,7 @@ class DuoFormer(Pyramid):
             ChannelToken(widths, dim) if scale_token == "channel" else RandomToken(dim)
         )
         bag = 1 + sum(4**i for i in range(scales))
-        self.grid = _ceil(pair(img_size), strides[-1])
+        self.grid = counts(img_size, strides[-1])
         self.pos_embed_for_scale = nn.Parameter(torch.zeros(1, 1, bag, dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
@@ -333,10 +332,6 @@ _AUTHORS = {
     "vision_transformer.blocks.": "patch_blocks.",
     "vision_transformer.": "",
 }
-
-
-def _ceil(size: Size, stride: int) -> Size:
-    return -(-size[0] // stride), -(-size[1] // stride)
 
 
 def _check(backbone: str, scales: int, scale_token: str, fc_norm: str) -> None:

@@ -40,13 +40,13 @@ from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import Table, resize_tables
+from crosspatch.layers.stage import drop_rates, one_a_stage
 from crosspatch.layers.windows import PatchMerging, counts
 from crosspatch.models.dwnet_blocks import DwBlock, Embed, LocalSpec
 from crosspatch.models.pyramid import Pyramid, Stage
@@ -97,14 +97,13 @@ class DWNet(Pyramid):
         widths = [embed_dim * 2**i for i in range(len(depths))]
         shared = _shared(widths, kind, inhomo_heads)
         _check(window_size, reduction_ratio, embed_dim)
-        grid = counts(pair(img_size), pair(patch_size)) if ape else None
+        grid = counts(img_size, patch_size) if ape else None
         norm = nn.LayerNorm if patch_norm else nn.Identity
         self.stem = Embed(in_chans, embed_dim, pair(patch_size), grid, norm, proj_drop_rate)
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        rates = drop_rates(drop_path_rate, depths)
         self.stages = nn.ModuleList()
-        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        for i, (width, mine) in enumerate(zip(widths, rates, strict=True)):
             local = LocalSpec(kind, window_size, shared[i], reduction_ratio)
-            mine, rates = rates[:depth], rates[depth:]
             blocks = [DwBlock(width, local, mlp_ratio, proj_drop_rate, rate) for rate in mine]
             self.stages.append(Stage(PatchMerging(widths[i - 1]) if i else None, blocks))
         self.norm = nn.LayerNorm(widths[-1])
@@ -153,8 +152,7 @@ def _shared(widths: Sequence[int], kind: str, given: Sequence[int] | None) -> li
     if kind != "inhomogeneous":
         return [0] * len(widths)
     shared = [width // GROUPS for width in widths] if given is None else list(given)
-    if len(shared) != len(widths):
-        raise ValueError(f"inhomo_heads has {len(shared)} entries for {len(widths)} stages")
+    one_a_stage(len(widths), inhomo_heads=shared)
     for width, channels in zip(widths, shared, strict=True):
         if channels < 1 or width % channels:
             raise ValueError(

@@ -15,9 +15,10 @@ import crosspatch._torchvision  # noqa: F401
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import drawn
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.position import resize_table
@@ -193,11 +194,7 @@ class Embed(nn.Module):
         self.patch, self.grid = patch, grid
         self.proj = nn.Conv2d(in_chans, dim, patch, patch)
         self.norm = norm(dim)
-        self.absolute_pos_embed = None
-        if grid is not None:
-            table = torch.zeros(1, grid[0] * grid[1], dim)
-            table = table if table.is_meta else trunc_normal_(table, std=0.02)
-            self.absolute_pos_embed = nn.Parameter(table)
+        self.absolute_pos_embed = None if grid is None else drawn(1, grid[0] * grid[1], dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

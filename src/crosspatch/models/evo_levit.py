@@ -47,7 +47,9 @@ from torch import Tensor, nn
 
 from crosspatch.layers.patch_embed import flatten_grid, pair
 from crosspatch.layers.position import Table, resize_tables
+from crosspatch.layers.stage import each, one_a_stage
 from crosspatch.layers.tokens import TokenState, as_map
+from crosspatch.layers.windows import counts
 from crosspatch.models.evo_levit_blocks import (
     STRIDE,
     Blending,
@@ -57,7 +59,7 @@ from crosspatch.models.evo_levit_blocks import (
     checkpointed,
     stem,
 )
-from crosspatch.models.evo_levit_paths import FAST, each, segments, slow_fast
+from crosspatch.models.evo_levit_paths import FAST, segments, slow_fast
 from crosspatch.models.registry import register, settings
 
 
@@ -137,7 +139,8 @@ class EvoLeViT(nn.Module):
         super().__init__()
         _check(global_pool, fast, patch_size, embed_dim, depth, num_heads)
         count = len(embed_dim)
-        keys, attns, mlps = (each(v, count) for v in (key_dim, attn_ratio, mlp_ratio))
+        ratios = {"attn_ratio": attn_ratio, "mlp_ratio": mlp_ratio}
+        keys, attns, mlps = each(count, key_dim=key_dim, **ratios)
         self.img_size, self.patch_size, self.in_chans = pair(img_size), patch_size, in_chans
         self.grids = _grids(self.img_size, patch_size, count)
         self.segments = {
@@ -156,13 +159,13 @@ class EvoLeViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, embed_dim[0]))
         if down_heads is None:
             down_heads = [max(1, w // k) for w, k in zip(embed_dim[:-1], keys[:-1], strict=True)]
-        downs = each(tuple(down_heads), count - 1)
+        one_a_stage(count - 1, down_heads=down_heads)
         stages, width = [], 0
         for i, dim in enumerate(embed_dim):
             down = None
             if i > 0:
                 ratios = (down_attn_ratio, down_mlp_ratio)
-                shape = (width, dim, self.grids[i - 1], keys[i - 1], downs[i - 1], *ratios)
+                shape = (width, dim, self.grids[i - 1], keys[i - 1], down_heads[i - 1], *ratios)
                 down = Downsample(*shape, drop_path_rate)
             shape = (dim, keys[i], num_heads[i], attns[i], mlps[i], drop_path_rate)
             stages.append(Stage(down, [Block(*shape) for _ in range(depth[i])]))
@@ -394,9 +397,7 @@ def _check(global_pool, fast, patch_size, embed_dim, depth, num_heads) -> None:
             f"embed_dim {embed_dim[0]}; the stem doubles it from the first convolution"
             f" on: expected at least {patch_size // 2} for patches of {patch_size}"
         )
-    for name, values in {"depth": depth, "num_heads": num_heads}.items():
-        if len(values) != len(embed_dim):
-            raise ValueError(f"{name} has {len(values)} entries for {len(embed_dim)} stages")
+    one_a_stage(len(embed_dim), depth=depth, num_heads=num_heads)
     if min(depth) < 1:
         raise ValueError(f"depth {tuple(depth)}; every stage has at least one block")
 
@@ -405,7 +406,7 @@ def _grids(size: tuple[int, int], patch_size: int, count: int) -> list[tuple[int
     if min(size) < 1:
         raise ValueError(f"an image of {size[0]}x{size[1]}")
     strides = [patch_size * STRIDE**i for i in range(count)]
-    return [(-(-size[0] // s), -(-size[1] // s)) for s in strides]
+    return [counts(size, s) for s in strides]
 
 
 # What an attention, an MLP and the attention between two stages hold, in the authors' names and

@@ -9,11 +9,12 @@ from the scores that they are given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from crosspatch.layers.stage import each
 from crosspatch.layers.tokens import order, take
 from crosspatch.models.evo_levit_blocks import total
 
@@ -81,7 +82,7 @@ def segments(
         raise ValueError(f"keep_ratio has {len(keep_ratio)} entries for {blocks} blocks")
     if keep_ratio[0] < 1:
         raise ValueError(f"keep_ratio {keep_ratio[0]} of block 0; it has no scores yet: expected 1")
-    shares = each(stage_keep_ratio, len(depth))
+    (shares,) = each(len(depth), stage_keep_ratio=stage_keep_ratio)
     plan, first = [], 0
     for count, share, (rows, columns) in zip(depth, shares, grids, strict=True):
         ratios = list(keep_ratio[first : first + count])
@@ -119,11 +120,3 @@ def _runs(keeps: list[int | None], stagewise: bool) -> list[Segment]:
         else:
             runs.append(Segment(i, i + 1, keep))
     return runs
-
-
-def each(value: Any, count: int) -> tuple[Any, ...]:
-    """One value per stage."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
-    if len(values) != count:
-        raise ValueError(f"{value} has {len(values)} entries for {count} stages")
-    return values

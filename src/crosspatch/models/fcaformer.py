@@ -36,17 +36,16 @@ from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.conv_norm import ConvNorm
-from crosspatch.layers.first_weights import init_weights
+from crosspatch.layers.first_weights import drawn, init_weights
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import resize_table, square_grid
-from crosspatch.layers.windows import Size
+from crosspatch.layers.stage import drop_rates, one_a_stage
+from crosspatch.layers.windows import Size, counts
 from crosspatch.models.fcaformer_blocks import (
     ConvBlock,
     Downsample,
@@ -105,20 +104,20 @@ class FcaFormer(Pyramid):
         size = pair(img_size)
         self.stem = _stem(stem, in_chans, embed_dims[0], patch_size, size)
         strides = [patch_size * 2**i for i in range(len(embed_dims))]
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        rates = drop_rates(drop_path_rate, depths)
         stages, previous = [], None
-        for i, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
+        for i, (dim, mine, heads) in enumerate(zip(embed_dims, rates, num_heads, strict=True)):
             down = Downsample(previous, dim) if previous else None
-            mine, rates, previous = rates[:depth], rates[depth:], dim
+            previous = dim
             gamma, drop = layer_scale_init_value, proj_drop_rate
             if not heads:
                 conv = [ConvBlock(dim, mlp_ratio, gamma, drop, rate) for rate in mine]
                 stages.append(Stage(down, conv))
                 continue
-            shape = (dim, heads, _ceil(size, strides[i]), windows[i], cab_max_d)
+            shape = (dim, heads, counts(size, strides[i]), windows[i], cab_max_d)
             options = (mlp_ratio, qkv_bias, mask_padding, gamma, attn_drop_rate, drop)
             spec = FcaSpec(*shape, *options)
-            fca = [FcaBlock(spec, number, depth, rate) for number, rate in enumerate(mine)]
+            fca = [FcaBlock(spec, number, len(mine), rate) for number, rate in enumerate(mine)]
             stages.append(FcaStage(down, fca))
         self.stages = nn.ModuleList(stages)
         self.norm_head = nn.LayerNorm(embed_dims[-1])
@@ -154,9 +153,7 @@ class PlainStem(nn.Module):
         super().__init__()
         self.patch_size, self.grid = patch_size, grid
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], dim))
-        if not self.pos_embed.is_meta:
-            trunc_normal_(self.pos_embed, std=0.02)
+        self.pos_embed = drawn(1, grid[0] * grid[1], dim)
 
     def forward(self, x: Tensor) -> Tensor:
         down, right = (-side % self.patch_size for side in x.shape[2:])
@@ -180,7 +177,7 @@ class ConvStem(nn.Module):
 
 def _stem(kind: str, in_chans: int, dim: int, patch_size: int, size: Size) -> nn.Module:
     if kind == "patch":
-        return PlainStem(in_chans, dim, patch_size, _ceil(size, patch_size))
+        return PlainStem(in_chans, dim, patch_size, counts(size, patch_size))
     if kind != "conv" or patch_size not in STRIDES:
         raise ValueError(
             f"stem {kind!r} with patch_size {patch_size}; expected 'conv' with 1, 2 or 4, or "
@@ -189,21 +186,13 @@ def _stem(kind: str, in_chans: int, dim: int, patch_size: int, size: Size) -> nn
     return ConvStem(in_chans, dim, STRIDES[patch_size])
 
 
-def _ceil(size: Size, stride: int) -> Size:
-    return -(-size[0] // stride), -(-size[1] // stride)
-
-
 def _windows(given: int | Sequence[int | None] | None, stages: int) -> list[int | None]:
     listed = [given] * stages if given is None or isinstance(given, int) else list(given)
     return [side or None for side in listed]
 
 
 def _check(embed_dims, depths, num_heads, windows, cab_max_d) -> None:
-    if not len(embed_dims) == len(depths) == len(num_heads) == len(windows):
-        raise ValueError(
-            f"embed_dims has {len(embed_dims)} entries, depths {len(depths)}, num_heads "
-            f"{len(num_heads)}, window_size {len(windows)}; expected one a stage in each"
-        )
+    one_a_stage(len(embed_dims), depths=depths, num_heads=num_heads, window_size=windows)
     if cab_max_d is not None and cab_max_d < 0:
         raise ValueError(f"cab_max_d {cab_max_d}; expected 0 for no memory, more, or None for all")
 

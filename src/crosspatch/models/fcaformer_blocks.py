@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads
 from crosspatch.layers.conv_norm import ConvNorm
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
@@ -119,8 +120,7 @@ class FcaBlock(nn.Module):
     def __init__(self, spec: FcaSpec, number: int, depth: int, path: float) -> None:
         super().__init__()
         dim, heads = spec.dim, spec.heads
-        if dim % heads:
-            raise ValueError(f"a width of {dim} must divide by {heads} heads")
+        check_heads(dim, heads)
         self.spec, self.before = spec, number % 2 == 0
         known = number if spec.keeps is None else min(number, spec.keeps)
         rows, columns = spec.tabled

@@ -46,12 +46,12 @@ from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.folding import fold_after, fold_before, is_batch_norm
+from crosspatch.layers.stage import drop_rates
 from crosspatch.models.fmvit_blocks import (
     ConvFusionBlock,
     FrequencyMixingBlock,
@@ -109,13 +109,13 @@ class FMViT(Pyramid):
         shape = (head_dim, qk_ratio, mix_ratio, shuffle, mlp_ratios, tuple(groups), identity)
         spec = Spec(*shape, folded, attn_drop_rate, proj_drop_rate)
         self.stem = _stem(in_chans, stem_chs, stem_strides)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = drop_rates(drop_path_rate, depths)
         stages, widths, width = [], [], stem_chs[-1]
         for i, plan in enumerate(_plan(depths, dims, mix_dims)):
             blocks = []
-            for place, (mixes, out) in enumerate(plan):
+            for place, ((mixes, out), rate) in enumerate(zip(plan, rates[i], strict=True)):
                 cells, step = sr_ratios[i] if mixes else None, 1 if place else strides[i]
-                blocks.append(make_block(width, out, step, next(rates), spec, cells))
+                blocks.append(make_block(width, out, step, rate, spec, cells))
                 width = out
             stages.append(Stage(None, blocks))
             widths.append(width)

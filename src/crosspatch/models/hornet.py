@@ -5,7 +5,7 @@
 Tang, Zhou, Lim, Lu, arXiv 2207.14284, NeurIPS 2022.
 
     stem: LN(conv4x4/4 x)                    between stages: conv2x2/2(LN x)
-    x = x + g1 * gnConv(LN x)                `layers/gnconv.py`; orders 2, 3, 4, 5 by stage
+    x = x + g1 * gnConv(LN x)                `hornet_gnconv.py`; orders 2, 3, 4, 5 by stage
     x = x + g2 * Linear(GELU(Linear(LN x)))  4 times as wide inside
     logits = head(LN(mean over pixels))
 
@@ -37,9 +37,11 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.first_weights import init_weights
-from crosspatch.layers.gnconv import EPS, SCALE, GlobalLocalFilter, GnConv, resize_filter
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.patch_embed import pair
+from crosspatch.layers.spectrum import resize_filter
+from crosspatch.layers.stage import drop_rates, one_a_stage
+from crosspatch.models.hornet_gnconv import EPS, SCALE, GlobalLocalFilter, GnConv
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
 
@@ -133,14 +135,14 @@ class HorNet(Pyramid):
             layer_scale=layer_scale_init_value,
             drop=proj_drop_rate,
         )
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = drop_rates(drop_path_rate, depths)
         maps = _maps(pair(img_size), patch_size, len(depths))
         self.stages = nn.ModuleList()
-        for i, (width, depth, order) in enumerate(zip(widths, depths, orders, strict=True)):
+        for i, (width, order) in enumerate(zip(widths, orders, strict=True)):
             made = partial(
                 block, width, order=order, filter_size=maps[i] if i in gf_stages else None
             )
-            blocks = [made(drop_path=next(rates)) for _ in range(depth)]
+            blocks = [made(drop_path=rate) for rate in rates[i]]
             self.stages.append(Stage(_downsample(width) if i else None, blocks))
         self.norm_head = nn.LayerNorm(widths[-1], eps=EPS)
         self.apply(_init_uniform if uniform_init else init_weights)
@@ -182,8 +184,7 @@ def _maps(size: tuple[int, int], patch_size: int, stages: int) -> list[tuple[int
 
 
 def _check(size, stride, depths, orders, gf_stages) -> None:
-    if len(depths) != len(orders):
-        raise ValueError(f"orders has {len(orders)} entries for {len(depths)} stages")
+    one_a_stage(len(depths), orders=orders)
     if unknown := sorted(set(gf_stages) - set(range(len(depths)))):
         raise ValueError(f"gf_stages {unknown}; there are stages 0 to {len(depths) - 1}")
     if min(size) < stride:

@@ -35,13 +35,13 @@ from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import BilinearTable, resize_table, resize_tables
+from crosspatch.layers.stage import drop_rates, one_a_stage
 from crosspatch.layers.windows import Size, WindowAttention, fit_bias_table
 from crosspatch.models.maformer_blocks import (
     Gld,
@@ -101,9 +101,9 @@ class MAFormer(Pyramid):
         )  # fmt: skip
         self.stem = ToMap(in_chans, embed_dims[0], patch_size, stem=True)
         size = shrunk(pair(img_size), patch_size)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = drop_rates(drop_path_rate, depths)
         self.stages = nn.ModuleList()
-        for i, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
+        for i, (dim, heads) in enumerate(zip(embed_dims, num_heads, strict=True)):
             before = nn.Sequential()
             if i:
                 before.append(ToMap(embed_dims[i - 1], dim, 2))
@@ -112,7 +112,7 @@ class MAFormer(Pyramid):
             block = maf if i < maf_stages else partial(PlainBlock, dim, heads, spec)
             if i >= maf_stages:
                 before.append(Positions(size, dim))
-            blocks = [block(rate=next(rates)) for _ in range(depth)]
+            blocks = [block(rate=rate) for rate in rates[i]]
             self.stages.append(Stage(before, blocks))
         self.norm = nn.LayerNorm(embed_dims[-1])
         self.apply(init_weights)
@@ -129,11 +129,9 @@ class MAFormer(Pyramid):
 
 
 def _check(dims, depths, heads, ratio: float) -> None:
-    if not len(dims) == len(depths) == len(heads) or min(depths) < 1:
-        raise ValueError(
-            f"embed_dims has {len(dims)} entries, depths {len(depths)}, num_heads {len(heads)}; "
-            "expected one a stage in each, and a block or more"
-        )
+    one_a_stage(len(dims), depths=depths, num_heads=heads)
+    if min(depths) < 1:
+        raise ValueError(f"depths {tuple(depths)}; expected a block or more in every stage")
     if not 0 < ratio <= 1:
         raise ValueError(f"gld_ratio {ratio}; expected more than 0, and 1 at most")
 

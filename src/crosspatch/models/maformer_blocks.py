@@ -13,10 +13,11 @@ import crosspatch._torchvision  # noqa: F401
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from torch import Tensor, nn
 
-from crosspatch.layers.attention import Attention
+from crosspatch.layers.attention import Attention, check_heads, join_heads
+from crosspatch.layers.first_weights import drawn
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
@@ -48,16 +49,6 @@ class Spec:
                 f"gld {self.gld!r}, branches {self.branches!r}, window_size {self.window}; "
                 f"expected one of {', '.join(GLDS)}, of {', '.join(BRANCHES)}, and 1 or more"
             )
-
-
-def _divides(dim: int, heads: int) -> None:
-    if heads < 1 or dim % heads:
-        raise ValueError(f"a width of {dim} must divide by {heads} heads")
-
-
-def _table(grid: Size, dim: int) -> nn.Parameter:
-    table = torch.zeros(1, grid[0] * grid[1], dim)
-    return nn.Parameter(table if table.is_meta else trunc_normal_(table, std=0.02))
 
 
 class ToMap(nn.Module):
@@ -124,7 +115,7 @@ class Gld(nn.Module):
         self.fc = None
         if kind == "fc":
             self.fc = Linear(size[0] * size[1], self.coarse[0] * self.coarse[1])
-        self.pos = _table(self.coarse, dim)
+        self.pos = drawn(1, self.coarse[0] * self.coarse[1], dim)
 
     def forward(self, x: Tensor) -> Tensor:
         size = (x.shape[1], x.shape[2])
@@ -187,9 +178,7 @@ class Fusion(nn.Module):
         )
         drop = self.attn_drop if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
-        # kernels differ in how their output lies: an exported graph must not depend on it
-        y = y.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(self.proj(join_heads(y)))
 
 
 class MafBlock(nn.Module):
@@ -198,7 +187,7 @@ class MafBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, spec: Spec, size: Size, rate: float) -> None:
         super().__init__()
-        _divides(dim, heads)
+        check_heads(dim, heads)
         self.local = Local(dim, heads, spec, size, rate)
         self.gld = self.fuse = None
         if spec.branches != "local":
@@ -223,7 +212,7 @@ class Positions(nn.Module):
     def __init__(self, grid: Size, dim: int) -> None:
         super().__init__()
         self.grid = grid
-        self.pos = _table(grid, dim)
+        self.pos = drawn(1, grid[0] * grid[1], dim)
 
     def forward(self, x: Tensor) -> Tensor:
         size = (x.shape[1], x.shape[2])
@@ -235,7 +224,7 @@ class PlainBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, spec: Spec, rate: float) -> None:
         super().__init__()
-        _divides(dim, heads)
+        check_heads(dim, heads)
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(
             dim, heads, qkv_bias=spec.qkv_bias, attn_drop=spec.attn_drop, proj_drop=spec.proj_drop

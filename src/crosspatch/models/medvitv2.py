@@ -13,7 +13,7 @@ arXiv 2502.13693, Applied Soft Computing 2025.
          z = [x, y];                  z = z + DropPath(KAN(BN z))
     KAN: twice W phi(LN x),  phi_g(t) = 1 - tanh^2((t - g) / 0.33) for 8 knots g on [-2, 2]
 
-NA is attention over 7x7 neighbourhoods (`layers/neighbourhood.py`); DWConv is 7x7 in the first
+NA is attention over 7x7 neighbourhoods (`medvitv2_attention.py`); DWConv is 7x7 in the first
 stage, 3x3 later; embed is a 2x2 mean where a stage begins, then conv1x1-BN; E-MHSA has keys of the
 mean of r^2 tokens in a row, r = 8, 4, 2, 1 by stage; a is 0.75 of the width, rounded to heads of
 32. The parts that are Next-ViT's are those of `nextvit_blocks.py`.
@@ -37,19 +37,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 from timm.models import generate_default_cfgs
 from timm.models import nextvit as timms
 from torch import Tensor, nn
 
 from crosspatch.layers.first_weights import init_weights
-from crosspatch.layers.neighbourhood import TILE
 from crosspatch.layers.patch_embed import pair
-from crosspatch.layers.windows import Size
+from crosspatch.layers.stage import drop_rates
+from crosspatch.layers.windows import Size, counts
+from crosspatch.models.medvitv2_attention import TILE
 from crosspatch.models.medvitv2_blocks import KNOTS, LAYOUTS, GlobalBlock, LocalBlock
 from crosspatch.models.nextvit_blocks import KEY_POOLS, RELU
 from crosspatch.models.pyramid import Pyramid, Stage
@@ -116,14 +118,14 @@ class MedViTV2(Pyramid):
             drop=proj_drop_rate, **common,
         )  # fmt: skip
         self.stem = _stem(in_chans, stem_chs, stem_strides)
-        reductions = _reductions((*stem_strides, *strides))[len(stem_strides) :]
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        reductions = list(accumulate((*stem_strides, *strides), mul))[len(stem_strides) :]
+        rates = drop_rates(drop_path_rate, depths)
         self.stages, width = nn.ModuleList(), stem_chs[-1]
         for i, kinds in enumerate(_plan(depths)):
-            size = _ceil(pair(img_size), reductions[i])
+            size = counts(img_size, reductions[i])
             near = partial(local, size=size, dilation=dilations[i], conv_kernel=conv_kernels[i])
             made = [partial(wide, sr_ratio=sr_ratios[i]) if far else near for far in kinds]
-            self.stages.append(_stage(made, width, dims[i], strides[i], rates))
+            self.stages.append(_stage(made, width, dims[i], strides[i], rates[i]))
             width = dims[i]
         self.norm = nn.BatchNorm2d(width)
         self.apply(init_weights)
@@ -178,26 +180,15 @@ def _stage(
     width: int,
     out: int,
     stride: int,
-    rates: Iterator[float],
+    rates: Sequence[float],
 ) -> Stage:
     """A block of every maker, the first with `stride`."""
     blocks = []
-    for place, make in enumerate(makers):
+    for place, (make, rate) in enumerate(zip(makers, rates, strict=True)):
         step = 1 if place else stride
-        blocks.append(make(width, out, stride=step, drop_path=next(rates)))
+        blocks.append(make(width, out, stride=step, drop_path=rate))
         width = out
     return Stage(None, blocks)
-
-
-def _reductions(strides: Sequence[int]) -> list[int]:
-    found = []
-    for stride in strides:
-        found.append(stride * (found[-1] if found else 1))
-    return found
-
-
-def _ceil(size: Size, stride: int) -> Size:
-    return -(-size[0] // stride), -(-size[1] // stride)
 
 
 def _check(layout: str, key_pool: str, size: Size, depths: Sequence[int]) -> None:

@@ -17,8 +17,8 @@ from timm.models import nextvit as timms
 from torch import Tensor, nn
 
 from crosspatch.layers.linear import Linear
-from crosspatch.layers.neighbourhood import NeighbourhoodAttention
 from crosspatch.layers.windows import Size
+from crosspatch.models.medvitv2_attention import NeighbourhoodAttention
 from crosspatch.models.nextvit_blocks import TransformerBlock
 
 LAYOUTS = ("map", "authors")

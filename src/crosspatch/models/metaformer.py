@@ -35,12 +35,12 @@ from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.patch_embed import pair
+from crosspatch.layers.stage import drop_rates, each, one_a_stage
 from crosspatch.models.metaformer_blocks import (
     ACTIVATIONS,
     MIXERS,
@@ -106,8 +106,7 @@ class MetaFormer(Pyramid):
     ) -> None:
         super().__init__()
         count = len(depths)
-        mixers = _each(token_mixers, count, "token_mixers")
-        ratios = _each(mlp_ratios, count, "mlp_ratios")
+        mixers, ratios = each(count, token_mixers=token_mixers, mlp_ratios=mlp_ratios)
         norm_layer = norm_layer or ("layer" if "attention" in mixers else "group")
         _check(depths, embed_dims, mixers, norm_layer, act_layer, pool_size)
         norm = NORMS[norm_layer]
@@ -130,20 +129,20 @@ class MetaFormer(Pyramid):
         first = mixers.index("attention") if "attention" in mixers and add_pos_emb else None
         entry = (in_patch_size, in_stride, in_pad)
         between = (down_patch_size, down_stride, down_pad)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = drop_rates(drop_path_rate, depths)
 
         self.stem, size = nn.Conv2d(in_chans, embed_dims[0], *entry), pair(img_size)
         self.stages = nn.ModuleList()
-        for i, (depth, width) in enumerate(zip(depths, embed_dims, strict=True)):
+        for i, width in enumerate(embed_dims):
             size = _reduced(size, between if i else entry)
             blocks = [
                 block(
                     width,
                     mixed(mixers[i], width, size=size),
                     mlp_ratio=ratios[i],
-                    drop_path=next(rates),
+                    drop_path=rate,
                 )
-                for _ in range(depth)
+                for rate in rates[i]
             ]
             conv = nn.Conv2d(embed_dims[i - 1], width, *between) if i else None
             down = _entrance(conv, PositionMap(width, size) if i == first else None)
@@ -189,18 +188,8 @@ def _entrance(conv: nn.Module | None, pos: nn.Module | None) -> nn.Module | None
     return nn.Sequential(found) if found else None
 
 
-def _each(given: Any, count: int, name: str) -> list[Any]:
-    """One value for each stage."""
-    values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else None
-    values = [given] * count if values is None else values
-    if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} entries for {count} stages")
-    return values
-
-
 def _check(depths, embed_dims, mixers, norm_layer, act_layer, pool_size) -> None:
-    if len(embed_dims) != len(depths):
-        raise ValueError(f"embed_dims has {len(embed_dims)} entries for {len(depths)} stages")
+    one_a_stage(len(depths), embed_dims=embed_dims)
     for name, value, known in (
         *(("token_mixers", mixer, MIXERS) for mixer in mixers),
         ("norm_layer", norm_layer, NORMS),

@@ -17,6 +17,8 @@ from timm.layers import ConvMlp, DropPath
 from timm.models import nextvit as timms
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import join_heads
+
 KEY_POOLS = ("1d", "2d")
 RELU: Any = partial(nn.ReLU, inplace=True)
 
@@ -52,8 +54,7 @@ class PooledKeys(timms.EfficientAttention):
         )
         drop = self.attn_drop.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
-        y = y.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
-        return self.proj_drop(self.proj(y))
+        return self.proj_drop(self.proj(join_heads(y)))
 
 
 class TransformerBlock(nn.Module):

@@ -43,6 +43,19 @@ class Stage(nn.Module):
         return x
 
 
+class NormedStage(Stage):
+    """A stage with a norm at its end."""
+
+    def __init__(
+        self, downsample: nn.Module | None, blocks: Sequence[nn.Module], norm: nn.Module
+    ) -> None:
+        super().__init__(downsample, blocks)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
 def run(block: nn.Module, x: Any, stage: Any) -> Any:
     """block(x), recomputed in the backward pass where `stage.grad_checkpointing` says so."""
     if stage.grad_checkpointing and stage.training and torch.is_grad_enabled():

@@ -32,24 +32,24 @@ Expected at 224 (M parameters, GMACs; then the paper's numbers): mini 5.01, 0.43
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads, join_heads
 from crosspatch.layers.conv_norm import ConvNorm
-from crosspatch.layers.first_weights import init_linear
+from crosspatch.layers.first_weights import init_fan_out
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
+from crosspatch.layers.stage import drop_rates, one_a_stage
 from crosspatch.layers.windows import pad_to
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
@@ -76,8 +76,7 @@ class StripAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"a width of {dim} must divide by {heads} heads")
+        check_heads(dim, heads)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
         self.num_heads, self.sr_ratio, self.attn_drop = heads, sr_ratio, attn_drop
@@ -108,10 +107,8 @@ class StripAttention(nn.Module):
             for t in (self.q(x), self.k(z), self.v(z))
         )
         drop = self.attn_drop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=1.0).transpose(1, 2)
-        # kernels differ in how their output lies: an exported graph must not depend on which ran
-        y = y.clone(memory_format=torch.contiguous_format).flatten(2)
-        return self.proj_drop(self.proj(y.unflatten(1, (height, width))))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=1.0)
+        return self.proj_drop(self.proj(join_heads(y).unflatten(1, (height, width))))
 
 
 class LocalInteraction(nn.Module):
@@ -218,20 +215,17 @@ class S2AFormer(Pyramid):
         _check(dims, depths, num_heads, sr_ratios, mlp_ratios)
         width = max(dims[0] // 2, 1)
         self.stem = Stem(in_chans, width, stem_stride)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = drop_rates(drop_path_rate, depths)
         more = {"reduction": reduction, "qkv_bias": qkv_bias, "attn_drop": attn_drop_rate}
         stages = []
-        shapes = zip(dims, depths, num_heads, sr_ratios, mlp_ratios, strict=True)
-        for dim, depth, *shape in shapes:
-            blocks = [
-                HybridBlock(dim, *shape, lim, next(rates), proj_drop_rate, **more)
-                for _ in range(depth)
-            ]
+        shapes = zip(dims, rates, num_heads, sr_ratios, mlp_ratios, strict=True)
+        for dim, mine, *shape in shapes:
+            blocks = [HybridBlock(dim, *shape, lim, rate, proj_drop_rate, **more) for rate in mine]
             stages.append(Stage(Embed(width, dim), blocks))
             width = dim
         self.stages = nn.ModuleList(stages)
         self.norm_head = nn.LayerNorm(width)
-        self.apply(_init)
+        self.apply(init_fan_out)
         self.finish(
             dims,
             [stem_stride * 2 ** (i + 1) for i in range(len(dims))],
@@ -243,24 +237,9 @@ class S2AFormer(Pyramid):
         )
 
 
-def _init(module: nn.Module) -> None:
-    """Linear layers as usual; convolutions normal with the variance 2 over their fan-out."""
-    init_linear(module)
-    if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def _check(dims, depths, num_heads, sr_ratios, mlp_ratios) -> None:
-    lists = {
-        "dims": dims, "depths": depths, "num_heads": num_heads, "sr_ratios": sr_ratios,
-        "mlp_ratios": mlp_ratios,
-    }  # fmt: skip
-    if len({len(one) for one in lists.values()}) != 1:
-        told = ", ".join(f"{name} has {len(one)}" for name, one in lists.items())
-        raise ValueError(f"{told} entries; expected one a stage in each")
+    lists = {"num_heads": num_heads, "sr_ratios": sr_ratios, "mlp_ratios": mlp_ratios}
+    one_a_stage(len(dims), depths=depths, **lists)
     if min(depths) < 1 or min(sr_ratios) < 1 or min(num_heads) < 1:
         raise ValueError("depths, num_heads and sr_ratios must be 1 or more")
 

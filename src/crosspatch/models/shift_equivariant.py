@@ -43,19 +43,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.patch_embed import pair
+from crosspatch.layers.stage import drop_rates, one_a_stage
 from crosspatch.layers.windows import Size
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
@@ -186,14 +186,15 @@ class PolyTwins(_Poly):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_lists(embed_dims=embed_dims, depths=depths, num_heads=num_heads, sr_ratios=sr_ratios)
+        lists = {"embed_dims": embed_dims, "num_heads": num_heads, "sr_ratios": sr_ratios}
+        one_a_stage(len(depths), **lists)
         side = math.lcm(*(patch_size * 2**i * r for i, r in enumerate(sr_ratios)))
         self.unit = pair(math.lcm(side, patch_size * 2 ** (len(depths) - 1)))
         self.stem = AnchoredEmbed(in_chans, embed_dims[0], patch_size)
         options = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         block = partial(TwinsBlock, mlp_ratio=mlp_ratio, norm=LayerNorm, proj_drop=proj_drop_rate)
         stages, down = [], None
-        for i, rates in enumerate(_rates(drop_path_rate, depths)):
+        for i, rates in enumerate(drop_rates(drop_path_rate, depths)):
             dim, heads, r = embed_dims[i], num_heads[i], sr_ratios[i]
             blocks = []
             for number, rate in enumerate(rates):
@@ -257,7 +258,7 @@ class PolySwin(_Poly):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_lists(depths=depths, num_heads=num_heads)
+        one_a_stage(len(depths), num_heads=num_heads)
         widths = [embed_dim * 2**i for i in range(len(depths))]
         strides = [patch_size * 2**i for i in range(len(depths))]
         size = _rounded(pair(img_size), pair(strides[-1]))
@@ -275,7 +276,7 @@ class PolySwin(_Poly):
             proj_drop=proj_drop_rate,
         )
         stages = []
-        for i, rates in enumerate(_rates(drop_path_rate, depths)):
+        for i, rates in enumerate(drop_rates(drop_path_rate, depths)):
             down = AnchoredEmbed(widths[i - 1], widths[i], 2) if i else None
             made = [
                 block(widths[i], num_heads[i], windows[i], number % 2 == 1, drop_path=rate)
@@ -317,19 +318,6 @@ def _check_size(size: Size, unit: Size) -> None:
             f"multiples of {unit[0]}x{unit[1]}, such as {fits[0]}x{fits[1]}: build it with "
             f"img_size={fits} and resize pictures to that"
         )
-
-
-def _check_lists(**lists: Sequence[int]) -> None:
-    if len({len(one) for one in lists.values()}) > 1:
-        found = ", ".join(f"{name} has {len(one)}" for name, one in lists.items())
-        raise ValueError(f"{found} entries; expected one a stage in each")
-
-
-def _rates(drop_path_rate: float, depths: Sequence[int]) -> Iterator[list[float]]:
-    rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
-    for depth in depths:
-        yield rates[:depth]
-        rates = rates[depth:]
 
 
 def _known(build: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
@@ -153,7 +154,7 @@ class LocalAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_heads(dim, heads)
+        check_heads(dim, heads)
         self.num_heads, self.window, self.attn_drop = heads, window, attn_drop
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
@@ -186,7 +187,7 @@ class SubsampledAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_heads(dim, heads)
+        check_heads(dim, heads)
         self.num_heads, self.sr_ratio, self.attn_drop = heads, sr_ratio, attn_drop
         self.q = Linear(dim, dim, bias=qkv_bias)
         self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
@@ -275,8 +276,3 @@ class PolySwinBlock(nn.Module):
             x = x.roll((-self.shift[0], -self.shift[1]), (1, 2))
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.norm2(self.mlp(x)))
-
-
-def _check_heads(dim: int, heads: int) -> None:
-    if dim % heads:
-        raise ValueError(f"a width of {dim} must divide by {heads} heads")

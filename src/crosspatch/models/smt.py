@@ -34,20 +34,20 @@ from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.errors import DataError
-from crosspatch.models.pyramid import Pyramid
+from crosspatch.layers.first_weights import init_fan_out
+from crosspatch.layers.maps import Downsample
+from crosspatch.layers.stage import drop_rates, one_a_stage
+from crosspatch.models.pyramid import NormedStage, Pyramid
 from crosspatch.models.registry import register, settings, unwrapped
 from crosspatch.models.smt_blocks import (
     Attention,
     Block,
     ConvMlp,
-    Downsample,
-    NormedStage,
+    Norm,
     ScaleAwareModulation,
     Stem,
 )
@@ -94,20 +94,20 @@ class SMT(Pyramid):
         _check(embed_dims, depths, mixers, ca_num_heads, sa_num_heads, mlp_ratios)
         if patch_size not in PATCHES:
             raise ValueError(f"patch_size {patch_size}; the stem takes 2 or 4")
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        rates = drop_rates(drop_path_rate, depths)
         shared = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate}
         self.stem = Stem(in_chans, embed_dims[0], head_conv, patch_size)
         stages = []
-        for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+        for i, (dim, mine) in enumerate(zip(embed_dims, rates, strict=True)):
             sam = partial(ScaleAwareModulation, dim, ca_num_heads[i], expand_ratio, **shared)
             attention = partial(Attention, dim, sa_num_heads[i], attn_drop=attn_drop_rate, **shared)
             blocks = []
-            for b in range(depth):
+            for b, rate in enumerate(mine):
                 mixer = sam() if _is_sam(mixers[i], b) else attention()
                 mlp = ConvMlp(dim, int(dim * mlp_ratios[i]), proj_drop_rate)
-                blocks.append(Block(dim, mixer, mlp, rates.pop(0), layer_scale))
+                blocks.append(Block(dim, mixer, mlp, rate, layer_scale))
             downsample = Downsample(embed_dims[i - 1], dim) if i else None
-            stages.append(NormedStage(downsample, blocks, dim))
+            stages.append(NormedStage(downsample, blocks, Norm(dim)))
         self.stages = nn.ModuleList(stages)
         self.finish(
             embed_dims,
@@ -118,7 +118,7 @@ class SMT(Pyramid):
             global_pool=global_pool,
             drop_rate=drop_rate,
         )
-        self.apply(_init)
+        self.apply(init_fan_out)
 
     @classmethod
     def from_authors(cls, **build: Any) -> SMT:
@@ -148,16 +148,9 @@ def _is_sam(mixer: str, number: int) -> bool:
 
 
 def _check(embed_dims, depths, mixers, ca_num_heads, sa_num_heads, mlp_ratios) -> None:
-    given = {
-        "embed_dims": embed_dims,
-        "mixers": mixers,
-        "ca_num_heads": ca_num_heads,
-        "sa_num_heads": sa_num_heads,
-        "mlp_ratios": mlp_ratios,
-    }
-    for name, values in given.items():
-        if len(values) != len(depths):
-            raise ValueError(f"{name} has {len(values)} entries for {len(depths)} stages")
+    heads = {"ca_num_heads": ca_num_heads, "sa_num_heads": sa_num_heads}
+    lists = {"embed_dims": embed_dims, "mixers": mixers, "mlp_ratios": mlp_ratios}
+    one_a_stage(len(depths), **lists, **heads)
     if not set(mixers) <= set(MIXERS):
         raise ValueError(f"mixers {tuple(mixers)}; expected one of {', '.join(MIXERS)} per stage")
     for i, dim in enumerate(embed_dims):
@@ -166,19 +159,6 @@ def _check(embed_dims, depths, mixers, ca_num_heads, sa_num_heads, mlp_ratios) -
         for heads in asked:
             if heads < 1 or dim % heads:
                 raise ValueError(f"stage {i}: a width of {dim} must divide by {heads} heads")
-
-
-def _init(module: nn.Module) -> None:
-    """Linears truncated normal of 0.02; convolutions normal by their outputs; biases 0."""
-    if not isinstance(module, nn.Linear | nn.Conv2d) or module.weight.is_meta:
-        return
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-    else:
-        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 # ---------------------------------------------------------------------- released weights

@@ -8,7 +8,6 @@ authors' names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import crosspatch._torchvision  # noqa: F401
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import join_heads
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.maps import on_channels
-from crosspatch.models.pyramid import Stage
 
 Norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -44,18 +43,6 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
-
-
-class Downsample(nn.Module):
-    """(B, H, W, C) to (B, H / 2, W / 2, dim), odd sides rounded up."""
-
-    def __init__(self, in_chans: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, 3, 2, 1)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(on_channels(self.proj, x))
 
 
 class ScaleAwareModulation(nn.Module):
@@ -121,10 +108,8 @@ class Attention(nn.Module):
             for t in (self.q(x), k, v)
         )
         drop = self.attn_drop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop).transpose(1, 2)
-        # kernels differ in how their output lies: an exported graph must not depend on which ran
-        y = y.clone(memory_format=torch.contiguous_format).flatten(2)
-        return self.proj_drop(self.proj(y.unflatten(1, (height, width)) + near))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
+        return self.proj_drop(self.proj(join_heads(y).unflatten(1, (height, width)) + near))
 
 
 class ConvMlp(nn.Module):
@@ -173,14 +158,3 @@ class Block(nn.Module):
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else scale * x
-
-
-class NormedStage(Stage):
-    """A stage with a norm at its end."""
-
-    def __init__(self, downsample: nn.Module | None, blocks: Sequence[nn.Module], dim: int) -> None:
-        super().__init__(downsample, blocks)
-        self.norm = Norm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))

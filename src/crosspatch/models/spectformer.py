@@ -44,33 +44,31 @@ import crosspatch._torchvision  # noqa: F401
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.box import Box
-from crosspatch.layers.first_weights import init_linear
-from crosspatch.layers.gnconv import resize_filter
-from crosspatch.layers.patch_embed import PatchEmbed, pair
+from crosspatch.layers.first_weights import drawn, init_fan_out, init_linear
+from crosspatch.layers.maps import Downsample
+from crosspatch.layers.patch_embed import PatchEmbed
 from crosspatch.layers.position import resize_tables
-from crosspatch.layers.windows import Size
+from crosspatch.layers.spectrum import resize_filter
+from crosspatch.layers.stage import drop_rates, one_a_stage
+from crosspatch.layers.windows import Size, counts
 from crosspatch.models.flat import FlatTokens
 from crosspatch.models.lvvit import AUX_WEIGHT, DenseLogits, swap
-from crosspatch.models.pyramid import POOLS, Pyramid
+from crosspatch.models.pyramid import POOLS, NormedStage, Pyramid
 from crosspatch.models.registry import register, settings, unwrapped
 from crosspatch.models.spectformer_blocks import (
     AttentionBlock,
     Block,
     ClassBlock,
     ConvMlp,
-    Downsample,
     MapAttention,
     Norm,
-    NormedStage,
     SpectralBlock,
     SpectralGate,
     Stem,
-    init_block,
 )
 from crosspatch.models.spectformer_names import joined, ours, renamed
 
@@ -106,11 +104,9 @@ class SpectFormer(FlatTokens):
         if not 0 <= alpha <= depth:
             raise ValueError(f"alpha {alpha}; expected 0 to {depth}, the depth, spectral blocks")
         self.patch_size = patch_size
-        grid, hidden = _ceil(pair(img_size), patch_size), int(embed_dim * mlp_ratio)
+        grid, hidden = counts(img_size, patch_size), int(embed_dim * mlp_ratio)
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], embed_dim))
-        if not self.pos_embed.is_meta:
-            trunc_normal_(self.pos_embed, std=0.02)
+        self.pos_embed = drawn(1, grid[0] * grid[1], embed_dim)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         attention = partial(
             AttentionBlock, embed_dim, num_heads, hidden, qkv_bias=qkv_bias,
@@ -131,7 +127,7 @@ class SpectFormer(FlatTokens):
         size = (x.shape[2], x.shape[3])
         down, right = (-side % self.patch_size for side in size)
         x = F.pad(x, (0, right, 0, down)) if down or right else x
-        return self.patch_embed(x), _ceil(size, self.patch_size)
+        return self.patch_embed(x), counts(size, self.patch_size)
 
     def embed(self, x: Tensor) -> Any:
         """Images (B, in_chans, H, W) to the state before the first block."""
@@ -187,25 +183,25 @@ class HierarchicalSpectFormer(Pyramid):
             "qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate,
         }  # fmt: skip
         self.stem = Stem(in_chans, embed_dims[0], stem_width, patch_size // 2)
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
-        size = _ceil(pair(img_size), patch_size)
+        rates = drop_rates(drop_path_rate, depths)
+        size = counts(img_size, patch_size)
         self.stages = nn.ModuleList()
-        for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+        for i, (dim, mine) in enumerate(zip(embed_dims, rates, strict=True)):
             mixer = partial(MapAttention, dim, num_heads[i], **attention)
             if i < spectral_stages:
                 mixer = partial(SpectralGate, dim, size)
             mlp = partial(ConvMlp, dim, int(dim * mlp_ratios[i]), proj_drop_rate)
-            blocks = [Block(dim, mixer(), mlp(), rates.pop(0)) for _ in range(depth)]
+            blocks = [Block(dim, mixer(), mlp(), rate) for rate in mine]
             norm = nn.Identity() if i == len(depths) - 1 else Norm(dim)
             down = Downsample(embed_dims[i - 1], dim) if i else None
             self.stages.append(NormedStage(down, blocks, norm))
-            size = _ceil(size, 2)
+            size = counts(size, 2)
         width, hidden = embed_dims[-1], int(embed_dims[-1] * mlp_ratios[-1])
         asks = global_pool == "token"
         last = [ClassBlock(width, num_heads[-1], hidden, **attention)] if asks else []
         self.post_network = nn.ModuleList(last)
         self.norm_head = Norm(width)
-        self.apply(init_block)
+        self.apply(init_fan_out)
         self.finish(
             embed_dims, [patch_size * 2**i for i in range(len(depths))], img_size=img_size,
             in_chans=in_chans, num_classes=num_classes, drop_rate=drop_rate,
@@ -315,15 +311,8 @@ def _times(box: Box, times: int) -> Box:
     return Box(top, bottom, left, right, box.lam)
 
 
-def _ceil(size: Size, stride: int) -> Size:
-    return -(-size[0] // stride), -(-size[1] // stride)
-
-
 def _check(embed_dims, depths, num_heads, mlp_ratios, spectral_stages, patch_size) -> None:
-    given = {"embed_dims": embed_dims, "num_heads": num_heads, "mlp_ratios": mlp_ratios}
-    for name, values in given.items():
-        if len(values) != len(depths):
-            raise ValueError(f"{name} has {len(values)} entries for {len(depths)} stages")
+    one_a_stage(len(depths), embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios)
     if not 0 <= spectral_stages <= len(depths):
         raise ValueError(f"spectral_stages {spectral_stages}; there are {len(depths)} stages")
     if patch_size not in (2, 4):

@@ -7,8 +7,6 @@ maps (B, H, W, C).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import crosspatch._torchvision  # noqa: F401
@@ -19,13 +17,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from crosspatch.layers.attention import Attention
-from crosspatch.layers.first_weights import init_linear
-from crosspatch.layers.gnconv import products, resize_filter, transforms
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
+from crosspatch.layers.precision import full_precision
+from crosspatch.layers.spectrum import products, resize_filter, transforms
 from crosspatch.layers.windows import Size
-from crosspatch.models.pyramid import Stage
 
 Norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -46,20 +43,12 @@ class SpectralGate(nn.Module):
             nn.init.normal_(self.complex_weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        with _plain(x):
+        with full_precision(x):
             weight = self.complex_weight.permute(2, 0, 1, 3)
             weight = resize_filter(weight, (x.shape[1], x.shape[2] // 2 + 1))
             compiled = torch.compiler.is_compiling() or torch.compiler.is_exporting()
             gate = products if compiled else transforms
             return gate(x.permute(0, 3, 1, 2).float(), weight).permute(0, 2, 3, 1).to(x.dtype)
-
-
-def _plain(x: Tensor) -> AbstractContextManager:
-    """Without autocast, where there is one."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 # ---------------------------------------------------------------------- of the vanilla family
@@ -128,18 +117,6 @@ class Stem(nn.Module):
         return self.norm(self.proj(self.conv(x)).permute(0, 2, 3, 1))
 
 
-class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2 and a LN; (B, H, W, dim) to (B, H/2, W/2, out), rounded up."""
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(dim, out, 3, 2, 1)
-        self.norm = nn.LayerNorm(out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(on_channels(self.proj, x))
-
-
 class MapAttention(Attention):
     """Attention over the whole of a map (B, H, W, C)."""
 
@@ -176,19 +153,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class NormedStage(Stage):
-    """A stage with a norm at its end, all but the last one."""
-
-    def __init__(
-        self, downsample: nn.Module | None, blocks: Sequence[nn.Module], norm: nn.Module
-    ) -> None:
-        super().__init__(downsample, blocks)
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
-
-
 class ClassBlock(nn.Module):
     """Class attention: the first of the tokens (B, 1 + N, C) asks all of them, then goes through a
     perceptron; the others stay."""
@@ -214,14 +178,3 @@ class ClassBlock(nn.Module):
         first = x[:, :1] + self.attn(self.norm1(x), rows=1)
         first = first + self.mlp(self.norm2(first))
         return torch.cat([first, x[:, 1:]], dim=1)
-
-
-def init_block(module: nn.Module) -> None:
-    """Linears truncated normal of 0.02; convolutions normal by their outputs; biases 0."""
-    init_linear(module)
-    if not isinstance(module, nn.Conv2d) or module.weight.is_meta:
-        return
-    fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-    nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -30,9 +30,10 @@ Expected at 224 (M parameters, GMACs): t 4.76, 1.11, without slices 1.37; lt 4.9
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -42,7 +43,8 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from crosspatch.layers.patch_embed import pair
-from crosspatch.layers.windows import Size
+from crosspatch.layers.stage import one_a_stage
+from crosspatch.layers.windows import counts
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
 from crosspatch.models.sret_blocks import (
@@ -103,7 +105,8 @@ class SReT(Pyramid):
         _check(*lists, stem_strides, permutation, groups_by)
         widths = [base * heads for base, heads in zip(base_dims, num_heads, strict=True)]
         self.learned_coefficients = learned_coefficients
-        self.stem = Stem(in_chans, widths[0], stem_strides, _grid(pair(img_size), stem_strides))
+        grid = reduce(counts, stem_strides, pair(img_size))
+        self.stem = Stem(in_chans, widths[0], stem_strides, grid)
         shared = {"learned": learned_coefficients, "proj_drop": proj_drop_rate}
         self.stages, previous = nn.ModuleList(), None
         for i, (dim, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -120,7 +123,7 @@ class SReT(Pyramid):
         self.norm_head = Norm(widths[-1])
         self.finish(
             widths,
-            [_product(stem_strides) * 2**i for i in range(len(widths))],
+            [math.prod(stem_strides) * 2**i for i in range(len(widths))],
             img_size=img_size,
             in_chans=in_chans,
             num_classes=num_classes,
@@ -168,28 +171,11 @@ def _slices(
     return cut
 
 
-def _grid(size: Size, strides: Sequence[int]) -> Size:
-    rows, columns = size
-    for stride in strides:
-        rows, columns = -(-rows // stride), -(-columns // stride)
-    return rows, columns
-
-
-def _product(strides: Sequence[int]) -> int:
-    first, second, third = strides
-    return first * second * third
-
-
 def _check(
     base_dims, num_heads, depths, recursive_num, groups1, groups2, strides, permutation, groups_by
 ) -> None:
-    given = (base_dims, num_heads, depths, recursive_num, groups1, groups2)
-    counts = [len(values) for values in given]
-    if len(set(counts)) > 1:
-        raise ValueError(
-            "base_dims, num_heads, depths, recursive_num, groups1 and groups2 have "
-            f"{', '.join(map(str, counts))} entries; expected one a stage in each"
-        )
+    lists = {"recursive_num": recursive_num, "groups1": groups1, "groups2": groups2}
+    one_a_stage(len(base_dims), num_heads=num_heads, depths=depths, **lists)
     if len(strides) != 3 or min(strides) < 1:
         raise ValueError(f"stem_strides {tuple(strides)}; the stem has three convolutions")
     if permutation not in PERMUTATIONS:
@@ -279,7 +265,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def _settings(arguments: Mapping[str, Any]) -> Any:
     side = arguments.get("img_size", 224)
-    last = side // (4 * _product(arguments.get("stem_strides", (2, 2, 2))))
+    last = side // (4 * math.prod(arguments.get("stem_strides", (2, 2, 2))))
     return settings(side, "stem.conv1", "head", pool_size=(last, last))
 
 

@@ -13,10 +13,11 @@ import crosspatch._torchvision  # noqa: F401
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from crosspatch.layers.attention import Attention
+from crosspatch.layers.first_weights import drawn
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.patch_embed import flatten_grid
@@ -40,9 +41,7 @@ class Stem(nn.Module):
         self.bn2 = nn.BatchNorm2d(dim)
         self.conv3 = nn.Conv2d(dim, dim, 3, third, 1)
         self.bn3 = nn.BatchNorm2d(dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, dim, *grid))
-        if not self.pos_embed.is_meta:
-            trunc_normal_(self.pos_embed, std=0.02)
+        self.pos_embed = drawn(1, dim, *grid)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -38,11 +38,13 @@ from torch import Tensor, nn
 from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import Table, resize_tables
+from crosspatch.layers.stage import drop_rates, one_a_stage
 from crosspatch.layers.windows import (
     PatchMerging,
     Size,
     SwinBlock,
     WindowAttention,
+    counts,
     fit_bias_table,
     fitted,
     half,
@@ -140,17 +142,16 @@ class STViTR(nn.Module):
         near = tuple(neighbourhoods or (DETECT if detection else CLASSIFY))
         kernel = near[0] if borders == "shifted" else None
         centres = not released if use_global is None else use_global
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        rates = drop_rates(drop_path_rate, depths)
 
         self.patch_embed = ConvEmbed(in_chans, embed_dim, STRIDES[patch_size])
         stages = []
-        for i, (depth, heads, width) in enumerate(zip(depths, num_heads, widths, strict=True)):
-            size = _ceil(self.img_size, patch_size * 2**i)
+        for i, (mine, heads, width) in enumerate(zip(rates, num_heads, widths, strict=True)):
+            size = counts(self.img_size, patch_size * 2**i)
             window = pair(window_size) if detection else fitted(window_size, size)
             swin = partial(
                 SwinBlock, width, heads, window, size=size, mask_padding=not detection, **common
             )
-            mine, rates = rates[:depth], rates[depth:]
             merging = PatchMerging(width, norm=norm) if i + 1 < len(depths) else None
             if i == semantic_stage:
                 around = _margins(near, pair(window_size), semantic_tokens)
@@ -297,10 +298,6 @@ def _margins(near: Sequence[int | None], window: Size, tokens: int) -> dict[str,
     return dict(zip(("generate", "refine", "recover"), margins, strict=True))
 
 
-def _ceil(size: Size, stride: int) -> Size:
-    return -(-size[0] // stride), -(-size[1] // stride)
-
-
 def _classifier(dim: int, num_classes: int) -> nn.Module:
     if num_classes <= 0:
         return nn.Identity()
@@ -312,8 +309,7 @@ def _classifier(dim: int, num_classes: int) -> nn.Module:
 def _check(patch_size, depths, num_heads, semantic_stage, borders, global_pool) -> None:
     if patch_size not in STRIDES:
         raise ValueError(f"patch_size {patch_size}; the stem takes 2 or 4")
-    if len(depths) != len(num_heads):
-        raise ValueError(f"num_heads has {len(num_heads)} entries for {len(depths)} stages")
+    one_a_stage(len(depths), num_heads=num_heads)
     if not 0 <= semantic_stage < len(depths) or depths[semantic_stage] % UNIT:
         raise ValueError(
             f"depths {tuple(depths)} with semantic_stage {semantic_stage}; expected a stage whose "

@@ -17,10 +17,10 @@ import crosspatch._torchvision  # noqa: F401
 
 import torch
 import torch.utils.checkpoint
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from crosspatch.layers.conv_norm import ConvNorm
+from crosspatch.layers.first_weights import drawn
 from crosspatch.layers.position import resize_table
 from crosspatch.layers.windows import Size
 from crosspatch.models.stvit_r_units import UNIT, Among, Generate, Recover, Refine, SemanticSpec
@@ -97,11 +97,7 @@ class SemanticStage(nn.Module):
         )
         self.blocks = nn.ModuleList(kinds[i % UNIT](drop_path=r) for i, r in enumerate(rates))
         self.downsample = merging
-        self.semantic_token2 = None
-        if use_global:
-            table = torch.zeros(1, math.prod(spec.grid), dim)
-            table = table if table.is_meta else trunc_normal_(table, std=0.02)
-            self.semantic_token2 = nn.Parameter(table)
+        self.semantic_token2 = drawn(1, math.prod(spec.grid), dim) if use_global else None
 
     def forward(self, x: Tensor, checkpointing: bool = False) -> Tensor:
         """x: (B, H, W, C). Returns the same shape."""

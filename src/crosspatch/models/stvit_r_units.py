@@ -27,6 +27,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.mlp import Mlp
 from crosspatch.layers.windows import (
@@ -36,11 +37,9 @@ from crosspatch.layers.windows import (
     counts,
     from_windows,
     hidden_surroundings,
+    map_bias,
     neighbourhoods,
     pad_to,
-    relative_bias,
-    relative_index,
-    resize_bias_table,
     surroundings,
     to_windows,
 )
@@ -103,8 +102,7 @@ class SemanticAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, spec: SemanticSpec, window: Size | None) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"a width of {dim} must divide by {heads} heads")
+        check_heads(dim, heads)
         self.num_heads, self.attn_drop, self.window = heads, spec.attn_drop, window
         self.relative_position_bias_table = bias_table(window, heads) if window else None
         self.q = Linear(dim, dim, bias=spec.qkv_bias)
@@ -126,8 +124,7 @@ class SemanticAttention(nn.Module):
         table = self.relative_position_bias_table
         if table is None or self.window is None or window is None:
             return None
-        table = resize_bias_table(table, self.window, window)
-        return relative_bias(table, relative_index(window, table.device))
+        return map_bias(table, self.window, window)
 
 
 class SemanticBlock(nn.Module):

@@ -37,14 +37,16 @@ from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-import torch
 from timm.layers import LayerNorm2d, PatchEmbed, trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models import swin_transformer as timms
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads
+from crosspatch.layers.first_weights import drawn
 from crosspatch.layers.patch_embed import pair
 from crosspatch.layers.position import Table, resize_table, resize_tables
+from crosspatch.layers.stage import one_a_stage
 from crosspatch.layers.windows import (
     Size,
     fit_bias_table,
@@ -78,9 +80,7 @@ class PositionedPatches(PatchEmbed):
         self.pos_drop = nn.Dropout(pos_drop)
         self.absolute_pos_embed = None
         if ape:
-            table = torch.zeros(1, math.prod(self.grid_size), more["embed_dim"])
-            table = table if table.is_meta else trunc_normal_(table, std=0.02)
-            self.absolute_pos_embed = nn.Parameter(table)
+            self.absolute_pos_embed = drawn(1, math.prod(self.grid_size), more["embed_dim"])
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Another size; the position table is resized with it."""
@@ -322,11 +322,9 @@ def _covering(size: Size, patch: int | Size) -> Size:
 
 
 def _check(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int]) -> None:
-    if len(depths) != len(num_heads):
-        raise ValueError(f"num_heads has {len(num_heads)} entries for {len(depths)} stages")
+    one_a_stage(len(depths), num_heads=num_heads)
     for stage, heads in enumerate(num_heads):
-        if embed_dim * 2**stage % heads:
-            raise ValueError(f"a width of {embed_dim * 2**stage} must divide by {heads} heads")
+        check_heads(embed_dim * 2**stage, heads)
 
 
 def _variant(width: int, heads: int, depth: int, side: int = 224) -> dict[str, Any]:

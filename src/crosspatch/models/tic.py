@@ -3,7 +3,7 @@
 
 "TiC: Exploring Vision Transformer in Convolution", arXiv 2310.04134, 2023.
 
-The layer MSA-Conv (`layers/msa_conv.py`) is the authors' and computes what their code computes. THE
+The layer MSA-Conv (`tic_layer.py`) is the authors' and computes what their code computes. THE
 NETWORK IS OURS: the authors released no more than the layer, and the paper's body was not at hand.
 
     stem   LN(conv 4x4 / 4);   four stages of blocks, conv 2x2 / 2 between them
@@ -40,11 +40,12 @@ from crosspatch.layers.first_weights import init_weights
 from crosspatch.layers.linear import Linear, linear
 from crosspatch.layers.maps import on_channels
 from crosspatch.layers.mlp import Mlp
-from crosspatch.layers.msa_conv import MSAConv, check_window, neighbourhood_attention
 from crosspatch.layers.patch_embed import pair
+from crosspatch.layers.stage import drop_rates, one_a_stage
 from crosspatch.layers.windows import Size, counts, from_windows, pad_to, to_windows
 from crosspatch.models.pyramid import Pyramid, Stage
 from crosspatch.models.registry import register, settings, unwrapped
+from crosspatch.models.tic_layer import MSAConv, check_window, neighbourhood_attention
 
 __all__ = ["MSAConv", "TiC", "attention_macs", "checkpoint_filter_fn"]
 CELL = (2, 2)  # of inter-pooling
@@ -197,16 +198,16 @@ class TiC(Pyramid):
         super().__init__()
         _check(embed_dims, depths, head_dim)
         self.stem = Stem(in_chans, embed_dims[0], patch_size)
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        rates = drop_rates(drop_path_rate, depths)
         options = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         stages, previous = [], None
-        for dim, depth in zip(embed_dims, depths, strict=True):
+        for dim, mine in zip(embed_dims, rates, strict=True):
             down = Shrink(previous, dim, 2) if previous else None
             blocks = []
-            for number in range(depth):
+            for number, rate in enumerate(mine):
                 far = {"pools": inter_pool, "shifts": cyclic_shift} if number % 2 else {}
                 taps = TapAttention(dim, dim // head_dim, kernel_size, dilation, **far, **options)
-                blocks.append(Block(dim, taps, mlp_ratio, proj_drop_rate, rates.pop(0)))
+                blocks.append(Block(dim, taps, mlp_ratio, proj_drop_rate, rate))
             stages.append(Stage(down, blocks))
             previous = dim
         self.stages = nn.ModuleList(stages)
@@ -229,7 +230,7 @@ def attention_macs(model: TiC, size: Size) -> int:
     total = 0
     for stage, info in zip(model.stages, model.feature_info, strict=True):
         stride = info["reduction"]
-        rows, columns = counts(size, (stride, stride))
+        rows, columns = counts(size, stride)
         for module in stage.modules():
             if isinstance(module, TapAttention):
                 taps = module.kernel[0] * module.kernel[1]
@@ -238,10 +239,7 @@ def attention_macs(model: TiC, size: Size) -> int:
 
 
 def _check(embed_dims: Sequence[int], depths: Sequence[int], head_dim: int) -> None:
-    if len(embed_dims) != len(depths):
-        raise ValueError(
-            f"embed_dims has {len(embed_dims)} entries, depths {len(depths)}; expected one a stage"
-        )
+    one_a_stage(len(depths), embed_dims=embed_dims)
     if any(dim % head_dim for dim in embed_dims):
         raise ValueError(f"embed_dims {tuple(embed_dims)} must divide by heads of {head_dim}")
 

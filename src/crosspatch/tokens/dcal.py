@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +47,7 @@ from torch import Tensor, nn
 from crosspatch.layers.block import Block
 from crosspatch.layers.first_weights import init_linear
 from crosspatch.layers.linear import Linear
+from crosspatch.layers.precision import full_precision
 from crosspatch.layers.reducer import AttentionStats, Reducer
 from crosspatch.layers.tokens import TokenState, order, take
 from crosspatch.tokens.host import Host, require_class_token
@@ -187,7 +187,7 @@ def residual(attention: Tensor) -> Tensor:
 
 def product(left: Tensor, *right: Tensor) -> Tensor:
     """left @ right @ …, in float32 under autocast too."""
-    with nullcontext() if left.is_meta else torch.autocast(left.device.type, enabled=False):
+    with full_precision(left):
         for one in right:
             left = left @ one
     return left

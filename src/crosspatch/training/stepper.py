@@ -23,9 +23,9 @@ from crosspatch.data.augment import augment, placement, shrunk
 from crosspatch.data.loading import Batch
 from crosspatch.errors import UsageError
 from crosspatch.layers import linear
-from crosspatch.layers.batch_norm import share_norms
 from crosspatch.objectives import Inputs, Objective
 from crosspatch.training import launch, team
+from crosspatch.training.batch_norm import share_norms
 from crosspatch.training.guard import Cut, NotFinite, Watch, factor, spoilt
 from crosspatch.training.optim import (
     FOREACH,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import crosspatch as xp
-from crosspatch.layers.msa_conv import MSAConv, neighbourhood_attention
+from crosspatch.models.tic_layer import MSAConv, neighbourhood_attention
 from support import goldens
 
 ODD = st.sampled_from([1, 3, 5])

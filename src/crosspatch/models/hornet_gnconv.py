@@ -16,23 +16,22 @@ neighbours, the others are multiplied in the frequency domain, so that every pix
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import crosspatch._torchvision  # noqa: F401
 
 import torch
-import torch.nn.functional as F
-from timm.layers import LayerNorm2d, trunc_normal_
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from crosspatch.layers.first_weights import drawn
 from crosspatch.layers.patch_embed import pair
+from crosspatch.layers.precision import full_precision
+from crosspatch.layers.spectrum import Size, products, resize_filter, transforms
 
 EPS = 1e-6  # of the channel norms
 SCALE = 1 / 3  # of what the filter gives, in all released models
 KEPT = 8  # interpolated filters that one layer remembers
-Size = tuple[int, int]
 
 
 class GnConv(nn.Module):
@@ -77,7 +76,7 @@ class GnConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not _halved(x.device.type):
             return self._recursed(x)
-        with _plain(x.device.type):
+        with full_precision(x):
             return self._recursed(x.float())
 
     def _recursed(self, x: Tensor) -> Tensor:
@@ -108,9 +107,7 @@ class GlobalLocalFilter(nn.Module):
             raise ValueError(f"{dim} channels; a global-local filter halves an even number")
         height, width = pair(size)
         self.dw = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, groups=dim // 2, bias=False)
-        self.complex_weight = nn.Parameter(torch.zeros(dim // 2, height, width // 2 + 1, 2))
-        if not self.complex_weight.is_meta:
-            trunc_normal_(self.complex_weight, std=0.02)
+        self.complex_weight = drawn(dim // 2, height, width // 2 + 1, 2)
         self.pre_norm = LayerNorm2d(dim, eps=EPS)
         self.post_norm = LayerNorm2d(dim, eps=EPS)
         self._kept: dict[tuple, Tensor] = {}
@@ -119,7 +116,7 @@ class GlobalLocalFilter(nn.Module):
         near, far = self.pre_norm(x).chunk(2, dim=1)
         near = self.dw(near)
         height, width = far.shape[2:]
-        with _plain(x.device.type):
+        with full_precision(x):
             weight = self.resized((height, width // 2 + 1))
             multiply = products if torch.compiler.is_exporting() else transforms
             far = multiply(far.float(), weight).to(near.dtype)
@@ -176,54 +173,3 @@ def _halved(device: str) -> bool:
         and torch.is_autocast_enabled(device)
         and torch.get_autocast_dtype(device) is torch.float16
     )
-
-
-def _plain(device: str) -> AbstractContextManager:
-    """Without autocast, where there is one."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
-def resize_filter(weight: Tensor, size: Size) -> Tensor:
-    """A filter (C, h, w, 2) interpolated to (C, *size, 2), in fp32: bilinear, corners aligned."""
-    if tuple(weight.shape[1:3]) == tuple(size):
-        return weight.float()
-    images = weight.float().permute(3, 0, 1, 2)
-    images = F.interpolate(images, size=size, mode="bilinear", align_corners=True)
-    return images.permute(1, 2, 3, 0).contiguous()
-
-
-def transforms(x: Tensor, weight: Tensor) -> Tensor:
-    """irfft2(weight * rfft2(x)); x: (B, C, H, W), weight: (C, H, W//2+1, 2), both fp32."""
-    found = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(weight.contiguous())
-    return torch.fft.irfft2(found, s=x.shape[2:], norm="ortho")
-
-
-def products(x: Tensor, weight: Tensor) -> Tensor:
-    """`transforms` without complex numbers: along W and H and back, each a matrix product."""
-    (height, width), kept = x.shape[2:], weight.shape[2]
-    cos, sin = (wave[:, :kept] for wave in waves(width, x))
-    real, imaginary = x @ cos, -(x @ sin)
-    cos_rows, sin_rows = waves(height, x)
-    real, imaginary = (
-        cos_rows @ real + sin_rows @ imaginary,
-        cos_rows @ imaginary - sin_rows @ real,
-    )
-    a, b = weight.unbind(dim=-1)
-    real, imaginary = a * real - b * imaginary, a * imaginary + b * real
-    real, imaginary = (
-        cos_rows @ real - sin_rows @ imaginary,
-        cos_rows @ imaginary + sin_rows @ real,
-    )
-    # every frequency but the first, and that of half of an even width, stands for two
-    single = [k == 0 or 2 * k == width for k in range(kept)]
-    shares = torch.tensor([1.0 if alone else 2.0 for alone in single], device=x.device)
-    return (real * shares) @ cos.t() - (imaginary * shares) @ sin.t()
-
-
-def waves(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi jk/n over the root of n, (n, n) in fp32: symmetric matrices."""
-    step = torch.arange(count, device=like.device)
-    angle = (step[:, None] * step % count) * (2 * math.pi / count)
-    return angle.cos() / math.sqrt(count), angle.sin() / math.sqrt(count)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Neighbourhood attention: every token of a map attends to the k x k tokens around it.
+"""The attention of MedViTV2 (arXiv 2502.13693): every token of a map over the k x k around it.
 
 "Neighborhood Attention Transformer", Hassani, Walton, Li, Li, Shi, arXiv 2204.07143, CVPR 2023;
 with gaps, "Dilated Neighborhood Attention Transformer", Hassani, Shi, arXiv 2209.15001.
@@ -20,13 +20,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import crosspatch._torchvision  # noqa: F401
-
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads
+from crosspatch.layers.first_weights import drawn
 from crosspatch.layers.linear import Linear
 from crosspatch.layers.windows import Size
 
@@ -166,16 +165,14 @@ class NeighbourhoodAttention(nn.Module):
                 f"kernel_size {kernel_size} with dilation {dilation}; expected an odd kernel and a "
                 "dilation of 1 or more"
             )
-        if heads < 1 or dim % heads:
-            raise ValueError(f"a width of {dim} must divide by {heads} heads")
+        check_heads(dim, heads)
         self.num_heads, self.attn_drop, self.tile = heads, attn_drop, tile
         self.kernel_size, self.dilation, self.size = kernel_size, dilation, size
         made = (None,) * len(Plan._fields) if size is None else self._plan(size)
         for name, value in zip(Plan._fields, made, strict=True):
             self.register_buffer(name, value, persistent=False)
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
-        table = torch.zeros(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
-        self.rpb = nn.Parameter(table if table.is_meta else trunc_normal_(table, std=0.02))
+        self.rpb = drawn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
         self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crosspatch.layers.attention import check_heads
 from crosspatch.layers.patch_embed import pair
 
 Size = tuple[int, int]
@@ -100,8 +101,7 @@ def check_window(dim: int, heads: int, kernel: Size) -> None:
     """Raises ValueError for an even kernel and for heads that do not divide the width."""
     if any(side < 1 or side % 2 == 0 for side in kernel):
         raise ValueError(f"kernel_size {kernel}; expected odd sides, which have a middle")
-    if heads < 1 or dim % heads:
-        raise ValueError(f"a width of {dim} must divide by {heads} heads")
+    check_heads(dim, heads)
 
 
 def neighbours(x: Tensor, kernel: Size, dilation: Size) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from crosspatch.layers.batch_norm import SharedBatchNorm, share_norms
+from crosspatch.training.batch_norm import SharedBatchNorm, share_norms
 
 
 @pytest.fixture

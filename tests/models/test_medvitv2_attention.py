@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosspatch.layers.neighbourhood import NeighbourhoodAttention, cut, neighbours
+from crosspatch.models.medvitv2_attention import NeighbourhoodAttention, cut, neighbours
 
 
 def attention(kernel: int = 3, dilation: int = 1, **more) -> NeighbourhoodAttention:
