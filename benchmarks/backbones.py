@@ -21,6 +21,7 @@ import math
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def learn(asked: argparse.Namespace) -> None:
     with Screen() as screen:
         found = compare(str(asked.data), asked.out, typed, Whole(screen))
         show(screen, found)
-    kept = RESULTS / ("backbones-time" if asked.time else "backbones-learn")
+    kept = RESULTS / f"backbones-{asked.name or ('time' if asked.time else 'learn')}"
     for name, end in (("compare.png", "png"), ("results.csv", "csv")):
         shutil.copy(asked.out / name, kept.with_suffix(f".{end}"))
     text = (asked.out / "compare.md").read_text().replace("compare.png", f"{kept.name}.png")
@@ -161,6 +162,7 @@ def _typed(asked: argparse.Namespace) -> str:
         "backbones",
     ]
     words += ["--only", *asked.only] if asked.only else []
+    words += ["--name", asked.name] if asked.name else []
     for name in ("time" if asked.time else "epochs", "seeds", "threads"):
         words += [f"--{name}", f"{getattr(asked, name):g}"]
     return shlex.join(words)
@@ -178,9 +180,8 @@ def page(asked: argparse.Namespace) -> None:
         "page is written by `python benchmarks/backbones.py page`.", "",
         *_papers(), "",
     ]  # fmt: skip
-    for name, alike in (("learn", "epochs"), ("time", "minutes")):
-        kept = RESULTS / f"backbones-{name}"
-        lines += _small(kept, alike) if kept.with_suffix(".json").is_file() else []
+    for kept, alike in _kept():
+        lines += _small(kept, alike)
     lines += _large() if (RESULTS / "backbones.csv").is_file() else []
     PAGE.write_text("\n".join(lines))
 
@@ -188,13 +189,20 @@ def page(asked: argparse.Namespace) -> None:
 def remember(asked: argparse.Namespace) -> None:
     """The catalog, of what the small presets learnt in equal epochs and in equal minutes."""
     del asked
-    for name, how in (("learn", ""), ("time", " in equal minutes")):
-        kept = (RESULTS / f"backbones-{name}").with_suffix(".json")
-        about = json.loads(kept.read_text())
+    for kept, alike in _kept():
+        how = " in equal minutes" if alike == "minutes" else ""
+        about = json.loads(kept.with_suffix(".json").read_text())
         base, *others = about["results"]["candidates"]
         for one in others:
             slug = SLUGS.get(one["name"], one["name"])
             catalog.record(slug, [_outcome(one, base, how, about)])
+
+
+def _kept() -> Iterator[tuple[Path, str]]:
+    """What was measured, without its ending, and what was alike."""
+    for name, alike in (("learn", "epochs"), ("time*", "minutes")):
+        for found in sorted(RESULTS.glob(f"backbones-{name}.json")):
+            yield found.with_suffix(""), alike
 
 
 def _outcome(one: dict, base: dict, how: str, about: dict) -> catalog.Measured:
@@ -310,6 +318,7 @@ def main() -> None:
         one.add_argument("--epochs", type=int, default=5)
         one.add_argument("--seeds", type=int, default=3)
         one.add_argument("--time", type=float, help="seconds for all")
+        one.add_argument("--name", help="of the results, where those before are to stay")
     asked = parser.parse_args()
     asked.verb(asked)
 
