@@ -229,6 +229,7 @@ def _papers() -> list[str]:
 
 
 def _small(kept: Path, alike: str) -> list[str]:
+    which = ", second comparison" if kept.name.endswith("second") else ""
     about = json.loads(kept.with_suffix(".json").read_text())
     text = kept.with_suffix(".md").read_text()
     head, rule, base, *rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -241,7 +242,7 @@ def _small(kept: Path, alike: str) -> list[str]:
         "size, where so many are tried."
     )  # fmt: skip
     return [
-        f"## What small presets learn in equal {alike}", "", *_chart(about, alike),
+        f"## What small presets learn in equal {alike}{which}", "", *_chart(about, alike),
         f"CIFAR-10, networks of about the multiply-adds of `{BASE}`; one recipe, the same {alike} "
         "for each, paired differences. Seconds were taken beside other jobs.", "",
         verdict, "", *table, "", *told, "", f"`{about['command']}`", "",
