@@ -172,9 +172,9 @@ def _collisions(bits: np.ndarray, tables: int, draw: np.random.Generator) -> np.
     rough = np.hypot(*np.meshgrid(_LOW, _LOW)).ravel()  # low ones change least: they go first
     for _ in range(tables):
         order = np.argsort(_reordered(whole, np.argsort(draw.exponential(size=64) * rough)))
-        sorted_, parts = whole[order], [found]
+        ranked, parts = whole[order], [found]
         for ahead in range(1, _AHEAD + 1):
-            close = np.bitwise_count(sorted_[:-ahead] ^ sorted_[ahead:]) <= _FAR
+            close = np.bitwise_count(ranked[:-ahead] ^ ranked[ahead:]) <= _FAR
             one, other = order[:-ahead][close], order[ahead:][close]
             parts.append(np.minimum(one, other) * len(bits) + np.maximum(one, other))
         found = np.sort(np.concatenate(parts))
@@ -184,13 +184,14 @@ def _collisions(bits: np.ndarray, tables: int, draw: np.random.Generator) -> np.
 
 def _reordered(hashes: np.ndarray, order: np.ndarray) -> np.ndarray:
     """uint64 (M,): hashes with their bits in another order (64,), by a table for each byte."""
-    bits, found = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1), 0
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+    found = np.zeros(len(hashes), np.uint64)
     for place in range(8):
         here = np.zeros((256, 64), bool)
         mine = order // 8 == place
         here[:, mine] = bits[:, order[mine] % 8]
-        found = found | _packed(here)[(hashes >> np.uint64(56 - 8 * place)).astype(np.uint8)]
-    return np.asarray(found)
+        found |= _packed(here)[(hashes >> np.uint64(56 - 8 * place)).astype(np.uint8)]
+    return found
 
 
 def _cosine(low: np.ndarray, one: np.ndarray, other_low: np.ndarray, other: np.ndarray):
