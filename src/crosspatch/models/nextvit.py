@@ -41,12 +41,13 @@ from typing import Any
 
 import crosspatch._torchvision  # noqa: F401
 
-from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.layers import ClassifierHead
 from timm.models import generate_default_cfgs
 from timm.models import nextvit as timms
 from torch import Tensor, nn
 
 from crosspatch.layers.folding import fold_after, fold_before, is_batch_norm
+from crosspatch.layers.stage import drop_rates
 from crosspatch.models.adopted import Adopted
 from crosspatch.models.nextvit_blocks import KEY_POOLS, RELU, TransformerBlock
 from crosspatch.models.pyramid import Stage
@@ -106,7 +107,7 @@ class NextViT(Adopted, timms.NextViT):
             attn_drop=attn_drop_rate,
             **common,
         )
-        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = drop_rates(drop_path_rate, depths)
         stages, widths, width = [], [], stem_chs[-1]
         for i, plan in enumerate(_plan(depths, dims, transformer_dims)):
             kinds = (conv, partial(attention, sr_ratio=sr_ratios[i]))
