@@ -201,7 +201,7 @@ def remember(asked: argparse.Namespace) -> None:
 def _kept() -> Iterator[tuple[Path, str]]:
     """What was measured, without its ending, and what was alike."""
     for name, alike in (("learn", "epochs"), ("time*", "minutes")):
-        for found in sorted(RESULTS.glob(f"backbones-{name}.json")):
+        for found in sorted(RESULTS.glob(f"backbones-{name}.json"), key=lambda path: path.stem):
             yield found.with_suffix(""), alike
 
 
