@@ -30,7 +30,7 @@ def together(world: int, where: str, folder: Path, **given) -> list:
         )
         for rank in range(world)
     ]
-    said = [process.communicate(timeout=300)[1] for process in team]
+    said = [process.communicate(timeout=120)[1] for process in team]
     assert [process.returncode for process in team] == [0] * world, "\n".join(said)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
