@@ -11,9 +11,9 @@ import pytest
 from crosspatch.cli import pages
 from crosspatch.cli.main import main
 from crosspatch.deploy import export
-from crosspatch.training import measure
 from support.command import Answer
 from support.once import once, shared
+from support.timing import few_timed  # noqa: F401
 
 Command = Callable[..., Answer]
 
@@ -110,10 +110,3 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
                 place.rmdir()
 
     return once(shared(tmp_path_factory, worker_id) / "pictures", make)
-
-
-@pytest.fixture(autouse=True)
-def few_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps instead of seven are timed before a training."""
-    monkeypatch.setattr(measure, "WARM", 1)
-    monkeypatch.setattr(measure, "TIMED", 1)

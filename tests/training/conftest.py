@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from crosspatch.data.prepare import prepare
-from crosspatch.training import measure, plan, session
+from crosspatch.training import plan, session
 from crosspatch.training.loop import fit
 from crosspatch.training.objective import make_objective
 from crosspatch.training.run import RunFolder
+from support.timing import few_timed  # noqa: F401
 from support.tiny import Stripes, TinyNet, tiny_recipe
 
 
@@ -86,10 +87,3 @@ def opened(monkeypatch, source):
     # a busy machine would space them out
     monkeypatch.setattr(plan, "space_evaluations", lambda recipe, *_: recipe)
     return source
-
-
-@pytest.fixture(autouse=True)
-def few_timed(monkeypatch):
-    """Two steps instead of seven are timed before a training."""
-    monkeypatch.setattr(measure, "WARM", 1)
-    monkeypatch.setattr(measure, "TIMED", 1)
