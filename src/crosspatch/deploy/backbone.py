@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that belong to no run, as eyes for pictures: a file, or a released checkpoint that lies
-in the cache. Nothing is fetched; of their head nothing is asked."""
+"""Weights as eyes for pictures: those of a run, of a file, or of a released checkpoint that lies in
+the cache. Nothing is fetched; of their head nothing is asked."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,17 @@ from torch import nn
 
 from crosspatch.data.findings import quoted
 from crosspatch.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from crosspatch.deploy.loading import folder_of
 from crosspatch.errors import UsageError
 from crosspatch.models.registry import create_model
-from crosspatch.training.package import Trained, read_tensors
+from crosspatch.training.package import (
+    Trained,
+    load_model,
+    load_untrained,
+    model_folder,
+    read_config,
+    read_tensors,
+)
 from crosspatch.training.released import release_of
 from crosspatch.training.transfer import fill
 from crosspatch.training.weights import find_local
@@ -26,26 +36,24 @@ SEEN = ("size", "mean", "std")
 
 @dataclass(frozen=True)
 class Backbone:
-    """name: how the weights were asked for; model: the architecture; trained: it with them, which
-    sees pictures as that architecture is described for."""
+    """name: how the weights were asked for; model: the architecture; trained: it with them;
+    untrained: the same network with weights as they are before any training, a control; flags: what
+    `train` takes to begin with these weights."""
 
     name: str
     model: str
     trained: Trained
+    untrained: Callable[[], Trained]
+    flags: str
 
-    def untrained(self, seed: int = 0) -> Trained:
-        """The same network with weights as they are before any training: a control. The draws of
-        the process are left as they were."""
-        preprocess = self.trained.preprocess
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            module = create_model(self.model, num_classes=CLASSES, img_size=preprocess.size)
-        return Trained(module.eval(), (), preprocess, 1.0, 0)
 
-    @property
-    def flags(self) -> str:
-        """What `train` takes to begin with these weights."""
-        return f"--weights {quoted(self.name)} --model {self.model}"
+def of_run(run: str | Path) -> Backbone:
+    """The eyes of a run: its folder, or a bundle that lies in it. Raises as `folder_of` and
+    `load_model` do."""
+    home = folder_of(run)
+    model = str(read_config(model_folder(home))["architecture"])
+    control = partial(load_untrained, home)
+    return Backbone(str(run), model, load_model(home), control, f"--weights {quoted(home)}")
 
 
 def backbone(asked: str, model: str | None = None) -> Backbone:
@@ -74,7 +82,17 @@ def backbone(asked: str, model: str | None = None) -> Backbone:
     name = str(named or model)
     module, preprocess = _described(name, found.shape or _released(name))
     fill(module, read_tensors(Path(found.path)), where=asked)
-    return Backbone(asked, name, Trained(module.eval(), (), preprocess, 1.0, 0))
+    trained = Trained(module.eval(), (), preprocess, 1.0, 0)
+    control = partial(_untrained, name, preprocess)
+    return Backbone(asked, name, trained, control, f"--weights {quoted(asked)} --model {name}")
+
+
+def _untrained(model: str, preprocess: Preprocess, seed: int = 0) -> Trained:
+    """New weights, of `model` at its size. The draws of the process are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = create_model(model, num_classes=CLASSES, img_size=preprocess.size)
+    return Trained(module.eval(), (), preprocess, 1.0, 0)
 
 
 def _released(name: str) -> dict[str, Any]:

@@ -22,11 +22,10 @@ import torch
 
 from crosspatch.data.audit import Audit
 from crosspatch.data.decode import UnreadableImage
-from crosspatch.data.findings import Finding, quoted
+from crosspatch.data.findings import Finding
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.deploy.backbone import Backbone
+from crosspatch.deploy.backbone import Backbone, of_run
 from crosspatch.deploy.embedding import of_model
-from crosspatch.deploy.loading import folder_of
 from crosspatch.deploy.predictor import Picture, Predictor
 from crosspatch.deploy.torch_engine import TorchEngine
 from crosspatch.errors import UsageError
@@ -34,7 +33,7 @@ from crosspatch.metrics.interval import paired, wilson
 from crosspatch.metrics.neighbours import nearest
 from crosspatch.metrics.ridge import fit_layers, one_hot
 from crosspatch.training.image_features import image_statistics
-from crosspatch.training.package import Trained, load_model, load_untrained
+from crosspatch.training.package import Trained
 from crosspatch.training.sizes import at_size
 
 KIND, NEIGHBOURS, PENALTY = "resizing", 5, 0.01
@@ -258,11 +257,8 @@ def check(
 ) -> list[Finding]:
     """What `measure` finds of a run folder, or of weights that belong to none, as findings. Raises
     as that and `load_model` do."""
-    if isinstance(run, Backbone):
-        trained, control = run.trained, run.untrained()
-    else:
-        trained, control = load_model(run), load_untrained(run)
-    scores = measure(trained, control, pictures, labels, side=side, progress=progress)
+    eyes = run if isinstance(run, Backbone) else of_run(run)
+    scores = measure(eyes.trained, eyes.untrained(), pictures, labels, side=side, progress=progress)
     return conclusions(scores)
 
 
@@ -280,7 +276,7 @@ def findings(
             "one label to a picture",
             "leave --run or --weights away",
         )
-    home = run if isinstance(run, Backbone) else folder_of(run)
+    eyes = run if isinstance(run, Backbone) else of_run(run)
     chosen = np.linspace(0, len(source) - 1, min(MOST, len(source))).round().astype(int).tolist()
     seen, good = [], []
     for at in chosen:
@@ -292,12 +288,10 @@ def findings(
     if not seen:
         raise UsageError("no picture can be read", "pictures that can be read", "mend them first")
     sight = look(seen)
-    seen_as = home.trained if isinstance(home, Backbone) else load_model(home)
-    told = expectations(seen_as.preprocess, sight)
+    told = expectations(eyes.trained.preprocess, sight)
     pictures = [partial(source.read, at) for at in good]
-    told += check(home, pictures, source.labels[good], side=sight.side, progress=progress)
-    begin = home.flags if isinstance(home, Backbone) else f"--weights {quoted(home)}"
-    words = {"DATA": audit.opened.place.data, "BEGIN": begin}
+    told += check(eyes, pictures, source.labels[good], side=sight.side, progress=progress)
+    words = {"DATA": audit.opened.place.data, "BEGIN": eyes.flags}
     fill = lambda text: " ".join(str(words.get(word, word)) for word in text.split(" "))
     return [one._replace(command=fill(one.command)) for one in told]
 
