@@ -13,9 +13,10 @@ from torch import nn
 
 from crosspatch.data.findings import quoted
 from crosspatch.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from crosspatch.data.tensors import read_tensors
 from crosspatch.errors import UsageError
 from crosspatch.models.registry import create_model
-from crosspatch.training.package import Trained, read_tensors
+from crosspatch.training.package import Trained
 from crosspatch.training.released import release_of
 from crosspatch.training.transfer import fill
 from crosspatch.training.weights import find_local
