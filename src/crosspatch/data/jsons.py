@@ -51,6 +51,8 @@ def parse(text: str | bytes) -> Any:
 def class_names(given: Sequence[Any]) -> tuple[str, ...]:
     """The names of classes. Raises ValueError for what cannot be names: too many or too long, twice
     the same, with line breaks, control characters or marks that turn the direction of writing."""
+    if not isinstance(given, list | tuple):
+        raise ValueError("classes must be a list of names")
     if not given:
         raise ValueError("there are no classes")
     if len(given) > CLASSES:

@@ -228,7 +228,7 @@ def _refused(path: Path, head: bytes, why: str, expected: str, do: str) -> DataE
             expected,
             f"where you trust it: {conversion(path)}",
         )
-    if head.startswith(b"PK") or _ends_as_zip(path):
+    if head.startswith(b"PK") or (head and _ends_as_zip(path)):
         return DataError(
             f"{path} is a zip archive, in which torch keeps a pickle, which runs the code of "
             "whoever wrote it",

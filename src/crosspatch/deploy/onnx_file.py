@@ -21,20 +21,35 @@ from crosspatch.data import jsons
 from crosspatch.deploy.limits import OPERATORS, SHAPES, Refused, read_whole
 
 LARGEST = (1 << 31) - 1  # bytes: what protobuf can read
-PARTS = 2_000_000  # nodes, attributes, names … of which a graph consists
+PARTS = 500_000  # nodes, attributes, names … of which a graph consists
 DEEPEST = 8
 GREATEST = 1 << 27  # values of a tensor that a graph makes of constants
 BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """ONNX's number of a tensor's type, and the bytes of a value. Texts are not among them."""
 FLOATS = {1: "float32", 10: "float16", 11: "float64"}
 INSIDE = {
-    "model": {7: "graph"},
-    "graph": {1: "node", 5: "tensor"},
+    "model": {7: "graph", 8: "opset", 14: "entry"},
+    "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value"},
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 10: "tensor"},
-    "tensor": {},
+    "value": {2: "type"},
+    "type": {1: "array"},
+    "array": {2: "shape"},
+    "shape": {1: "side"},
 }
 """Of each message the fields that are messages of which the parts are counted one by one."""
+TEXTS = {
+    "model": {2, 3, 4, 6},
+    "opset": {1},
+    "entry": {1, 2},
+    "graph": {2, 10},
+    "node": {1, 2, 3, 4, 6, 7, 8},
+    "attribute": {1, 13, 21},
+    "tensor": {8, 12},
+    "value": {1, 3},
+    "side": {2, 3},
+}
+"""Of each message the fields that are texts. protobuf lets any bytes through, and engines fail."""
 BULK = {("tensor", 9), ("tensor", 4), ("tensor", 5), ("tensor", 7), ("tensor", 10), ("tensor", 11)}
 """Fields that hold numbers, which take about as much memory as room in the file."""
 
@@ -172,14 +187,23 @@ def _require_few(data: bytes) -> None:
         while at < end:
             field, wire, at, length = _field(data, at, end)
             count += 1
-            inner = INSIDE[kind].get(field) if wire == 2 else None
-            if inner is not None and depth < DEEPEST:
+            inner = INSIDE.get(kind, {}).get(field) if wire == 2 else None
+            if wire == 2 and field in TEXTS.get(kind, ()):
+                _require_text(data[at : at + length])
+            elif inner is not None and depth < DEEPEST:
                 waiting.append((inner, at, at + length, depth + 1))
             elif wire == 2 and (kind, field) not in BULK:
                 count += length // 64
             if count > PARTS:
                 raise Refused(f"it consists of more than {PARTS:,} parts")
             at += length
+
+
+def _require_text(data: bytes) -> None:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused("it cannot be read as ONNX: a text in it is not UTF-8") from error
 
 
 def _field(data: bytes, at: int, end: int) -> tuple[int, int, int, int]:
