@@ -78,7 +78,7 @@ def test_auto_without_a_network_goes_on_and_names_one_command(
     [
         (("--weights", "runs/none-1"), 3, ("runs/none-1 does not exist", "correct --weights")),
         (("--weights", "crossvit_tiny_241"), 2, ("crossvit_tiny_241", "crossvit_tiny_240")),
-        (("--weights", "w.pth"), 3, ("may be a pickle", "python -c")),
+        (("--weights", "w.pth"), 3, ("keeps a pickle", "python -c")),
         (("--weights", "torn.safetensors"), 3, ("torn", "fetch it again")),
         (("--weights", "other.safetensors"), 3, ("unexpected: a", "--model")),
         (("--weights", "folder"), 3, ("config.json does not exist", "folder of a run")),

@@ -344,6 +344,38 @@ def test_a_damaged_zip_member_is_told(folder):
         open_source(packed).read(0)
 
 
+def _patched(packed: Path, central: int, local: int, value: bytes) -> None:
+    """Overwrite a field of the first member, in the directory at the end and before its data."""
+    data = bytearray(packed.read_bytes())
+    for magic, place in ((b"PK\x01\x02", central), (b"PK\x03\x04", local)):
+        at = data.index(magic) + place
+        data[at : at + len(value)] = value
+    packed.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("central", "local", "value"),
+    [
+        (8, 6, b"\x01\x00"),  # flagged as encrypted
+        (8, 6, b"\x20\x00"),  # flagged as a patch
+        (8, 6, b"\x40\x00"),  # flagged as strongly encrypted
+        (16, 14, b"\x01\x02\x03\x04"),  # another CRC
+        (10, 8, b"\x63\x00"),  # a method of AES
+    ],
+)
+def test_a_zip_member_that_lies_is_told(folder, central, local, value):
+    packed = pack(folder, ".zip")
+    _patched(packed, central, local, value)
+    source = open_source(packed)
+    broken = [one.path for one in source.skipped]
+    for place in range(len(source)):
+        try:
+            source.read(place)
+        except UnreadableImage:
+            broken.append(source.items[place].key)
+    assert len(broken) == 1
+
+
 def test_a_zip_that_was_packed_again_is_read_anew(folder):
     first = open_source(pack(folder, ".zip")).read(0)
     (folder / "discs/0000.jpg").write_bytes((folder / "discs/0001.jpg").read_bytes())

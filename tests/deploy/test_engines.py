@@ -136,7 +136,8 @@ def test_a_graph_that_no_engine_can_load(bundle, engine) -> None:
     import onnx
 
     model = onnx.load(bundle.path)
-    model.graph.node[2].op_type = "NoSuchProduct"
+    model.graph.node[2].op_type, model.graph.node[2].input[1] = "Gather", "weights"
+    model.graph.node[2].input[0] = "nothing of that name"
     onnx.save(model, bundle.path)
     with pytest.raises(DataError, match="cannot load") as caught:
         open_engine(read_bundle(bundle.path), engine)

@@ -44,7 +44,8 @@ def write_bundle(
     names: tuple[str, str] = (INPUT, OUTPUT),
     size: tuple[int, int] | None = None,
 ) -> Path:
-    """Writes the graph with its description; scale: a factor on the logits, NaN for broken ones."""
+    """Writes the graph with its description. scale: a factor on the logits; 3e38 makes them
+    infinite, so that the answers are NaN."""
     described = described or info()
     height, width = size or described.preprocess.size
     weights = np.eye(3, dtype=np.float32) * (20.0 / 255) * scale

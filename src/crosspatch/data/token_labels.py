@@ -34,15 +34,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crosspatch.data import jsons
 from crosspatch.data.augment import sample
 from crosspatch.data.sources import Source
+from crosspatch.data.tensors import read_header
 from crosspatch.errors import DataError, UsageError
 
 KEY, SCHEMA = "crosspatch-token-labels", 1
 NAMES = ("values", "indices", "state")
 KINDS = {"values": ("F16", "<f2"), "indices": ("U16", "<u2"), "state": ("U8", "|u1")}
 MOST_CLASSES = 1 << 16  # that an index can name
-DO = "write them again with crosspatch label"
+EXPECTED, DO = "a file that crosspatch label wrote", "write them again with crosspatch label"
 
 
 class State(IntEnum):
@@ -346,20 +348,14 @@ def _size(name: str, shape: Sequence[int]) -> int:
 
 def _read_header(path: Path) -> tuple[About, dict[str, tuple[int, ...]]]:
     """What labels these are, and their shapes; DataError where they are none or not whole."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            note = (file.metadata() or {}).get(KEY)
-            names = file.keys()
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            kinds = {name: file.get_slice(name).get_dtype() for name in names}
-    except (SafetensorError, OSError) as error:
-        raise _unusable(path, f"is missing or torn ({error})") from error
+    header = read_header(path, EXPECTED, DO)
+    note = header.metadata.get(KEY)
+    found = {name: one.shape for name, one in header.tensors.items()}
+    kinds = {name: one.dtype for name, one in header.tensors.items()}
     if note is None:
         raise _unusable(path, "holds no token labels")
     try:
-        record = json.loads(note)
+        record = jsons.parse(note)
         if record.pop("schema") != SCHEMA:
             raise KeyError("schema")
         pairs = {key: tuple(record[key]) for key in ("classes", "size", "grid")}
@@ -373,17 +369,14 @@ def _read_header(path: Path) -> tuple[About, dict[str, tuple[int, ...]]]:
 
 
 def _unusable(path: Path, why: str) -> DataError:
-    return DataError(f"{path} {why}", "a file that crosspatch label wrote", DO)
+    return DataError(f"{path} {why}", EXPECTED, DO)
 
 
 def _mapped(path: Path, shapes: dict[str, tuple[int, ...]], mode: Any) -> dict[str, Any]:
     """The tensors of a file whose header was checked, as arrays on the disk."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    start = 8 + length
+    places = read_header(path, EXPECTED, DO).tensors
     return {
-        name: np.memmap(path, KINDS[name][1], mode, start + entries[name]["data_offsets"][0], shape)
+        name: np.memmap(path, KINDS[name][1], mode, places[name].offset, shape)
         for name, shape in shapes.items()
     }
 

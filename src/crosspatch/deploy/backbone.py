@@ -15,6 +15,7 @@ from torch import nn
 
 from crosspatch.data.findings import quoted
 from crosspatch.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from crosspatch.data.tensors import read_tensors
 from crosspatch.deploy.loading import folder_of
 from crosspatch.errors import UsageError
 from crosspatch.models.registry import create_model
@@ -24,7 +25,6 @@ from crosspatch.training.package import (
     load_untrained,
     model_folder,
     read_config,
-    read_tensors,
 )
 from crosspatch.training.released import release_of
 from crosspatch.training.transfer import fill

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from crosspatch.data import jsons
 from crosspatch.data.preprocess import Preprocess
+from crosspatch.deploy.limits import Refused
 from crosspatch.errors import DataError, UsageError
 
 SCHEMAS = {"classify": 1, "multilabel": 2}
@@ -48,7 +51,8 @@ DECODING = {
 LARGEST = 8192  # pixels a side that a bundle may ask for: a stranger's must not eat the memory
 CHECKS = 2  # pictures made by a formula, whose probabilities stand in the bundle
 CANDIDATES = 12  # of such pictures, that those are chosen from where tokens are reduced
-LONGEST = 4000  # letters in the name of a reduction
+LONGEST = 4000  # letters in a name, such as that of a reduction
+LARGEST_TEXT = 8 << 20  # letters of a description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +112,13 @@ class BundleInfo:
         """Reads and checks it. Raises DataError for another schema and for what makes no sense."""
         advice = "export the run again with this version of crosspatch"
         try:
-            given = json.loads(text)
+            if len(text) > LARGEST_TEXT:
+                raise ValueError(f"it has {len(text):,} letters")
+            given = jsons.parse(text)
             schema = int(given["schema"])
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f"{name} has no readable description", "a bundle of crosspatch", advice
+                f"{name} has no readable description ({error})", "a bundle of crosspatch", advice
             ) from error
         if schema > SCHEMA:
             raise DataError(
@@ -122,7 +128,7 @@ class BundleInfo:
             )
         try:
             return cls(**_checked(given))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"the description in {name} makes no sense ({error})",
                 f"a description of schema {SCHEMA}",
@@ -132,11 +138,10 @@ class BundleInfo:
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a BundleInfo; raises ValueError and its kin for anything impossible."""
-    classes = tuple(given["classes"])
+    classes = jsons.class_names(given["classes"])
     check = tuple(tuple(float(p) for p in row) for row in given["check"])
     temperature = float(given["temperature"])
-    if not classes or not all(isinstance(name, str) for name in classes):
-        raise ValueError("classes must be names")
+    _require_kinds(given)
     if given["precision"] not in PRECISIONS:
         raise ValueError(f"precision {given['precision']!r}")
     if not 0 < temperature < float("inf"):
@@ -164,6 +169,22 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     made = {"classes": classes, "check": check, "temperature": temperature}
     made |= {"thresholds": thresholds, "checks": checks}
     return given | made | {"preprocess": preprocess}
+
+
+def _require_kinds(given: dict[str, Any]) -> None:
+    """Raises ValueError for what is of another kind, or longer, than anything we write."""
+    for name in ("architecture", "weights"):
+        if not isinstance(given[name], str) or len(given[name]) > LONGEST:
+            raise ValueError(f"{name} must be a name")
+    for name in ("parameters", "macs", "calibrated_on"):
+        if not isinstance(given.get(name, 0), int) or given.get(name, 0) < 0:
+            raise ValueError(f"{name} {given[name]!r}")
+    for name in ("versions", "decoding"):
+        words = given.get(name, {})
+        if not isinstance(words, dict) or not all(isinstance(v, str) for v in words.values()):
+            raise ValueError(f"{name} are texts by name")
+    if not isinstance(given.get("accuracy"), dict | None):
+        raise ValueError("accuracy must be figures by name")
 
 
 @dataclass(frozen=True)
@@ -206,56 +227,37 @@ def read_bundle(path: str | Path) -> Bundle:
 
 
 def _onnx_text(path: Path) -> str:
+    from crosspatch.deploy.onnx_file import onnx_metadata
+
     onnx = needed("onnx")
-    try:
-        model = onnx.load_model(path, load_external_data=False)
-    except Exception as error:  # protobuf's errors have no common base
-        raise DataError(
-            f"{path} cannot be read as ONNX ({error})",
-            "a whole ONNX file",
-            "export the run again",
-        ) from error
-    outside = next((t.name for t in _tensors(model) if t.external_data or t.data_location), None)
-    if outside is not None:
-        raise DataError(
-            f"{path} refers to data outside of it (tensor {outside!r})",
-            "one file that holds all its weights",
-            "export the run again with crosspatch export",
-        )
-    texts = {entry.key: entry.value for entry in model.metadata_props}
-    return _described(texts.get(KEY), path)
-
-
-def _tensors(model: Any) -> Iterator[Any]:
-    """Every tensor in an ONNX model, those in attributes and subgraphs too."""
-    yield from model.graph.initializer
-    nodes = [*model.graph.node, *(node for f in model.functions for node in f.node)]
-    while nodes:
-        for attribute in nodes.pop().attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from graph.initializer
-                nodes += graph.node
+    with _refusing(path):
+        return _described(onnx_metadata(onnx, path).get(KEY), path)
 
 
 def _openvino_text(path: Path) -> str:
-    core = openvino_core()
-    if not path.with_suffix(".bin").is_file():
+    from crosspatch.deploy.openvino_file import openvino_notes
+
+    weights = path.with_suffix(".bin")
+    if not weights.is_file():
         raise DataError(
-            f"{path.with_suffix('.bin')} is missing",
+            f"{weights} is missing",
             "the two files that OpenVINO writes, side by side",
             "copy both, or export the run again",
         )
+    needed("openvino")
+    with _refusing(path):
+        return _described(openvino_notes(path, weights).get(KEY), path)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
     try:
-        model = core.read_model(path)
-        found = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None
-    except Exception as error:
+        yield
+    except Refused as error:
         raise DataError(
-            f"{path} cannot be read by OpenVINO ({str(error).splitlines()[0]})",
-            "a whole model",
-            "export the run again",
-        ) from error
-    return _described(found, path)
+            f"{path} is not run: {error}", "a whole bundle that crosspatch wrote",
+            "export the run again with crosspatch export",
+        ) from error  # fmt: skip
 
 
 def _described(text: str | None, path: Path) -> str:

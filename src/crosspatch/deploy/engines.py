@@ -154,18 +154,23 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3
         try:
             self._session = runtime.InferenceSession(
-                str(bundle.path), options, providers=["CPUExecutionProvider"]
+                str(bundle.path), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as error:  # ONNX Runtime's errors have no common base
             _refuse_graph(bundle, "ONNX Runtime", error)
-        self.setting, self._classes = setting, len(bundle.info.classes)
+        self.setting, self._bundle = setting, bundle
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         _compare(bundle, [_onnx_port(one) for one in inputs], [_onnx_port(one) for one in outputs])
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (B, H, W, 3) -> probabilities (B, K) float32."""
+        """uint8 (B, H, W, 3) -> probabilities (B, K) float32. Raises DataError where the graph
+        cannot be computed."""
         given = {INPUT: np.ascontiguousarray(images)}
-        return _whole(self._session.run([OUTPUT], given)[0], len(images), self._classes)
+        try:
+            answer = self._session.run([OUTPUT], given)[0]
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            _refuse_graph(self._bundle, "ONNX Runtime", error, "run")
+        return _whole(answer, len(images), len(self._bundle.info.classes))
 
 
 class OpenVinoEngine:
@@ -191,19 +196,23 @@ class OpenVinoEngine:
             self._request = core.compile_model(model, "CPU", config).create_infer_request()
         except RuntimeError as error:
             _refuse_graph(bundle, "OpenVINO", error)
-        self.setting, self._classes = setting, len(bundle.info.classes)
+        self.setting, self._bundle = setting, bundle
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (B, H, W, 3) -> probabilities (B, K) float32."""
-        self._request.infer({INPUT: np.ascontiguousarray(images)}, share_inputs=True)
+        """uint8 (B, H, W, 3) -> probabilities (B, K) float32. Raises DataError where the graph
+        cannot be computed."""
+        try:
+            self._request.infer({INPUT: np.ascontiguousarray(images)}, share_inputs=True)
+        except RuntimeError as error:
+            _refuse_graph(self._bundle, "OpenVINO", error, "run")
         answer = self._request.get_output_tensor(0).data
-        return _whole(answer.copy(), len(images), self._classes)
+        return _whole(answer.copy(), len(images), len(self._bundle.info.classes))
 
 
-def _refuse_graph(bundle: Bundle, engine: str, error: Exception) -> NoReturn:
+def _refuse_graph(bundle: Bundle, engine: str, error: Exception, what: str = "load") -> NoReturn:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raise DataError(
-        f"{engine} cannot load {bundle.path} ({(lines or [type(error).__name__])[-1][:200]})",
+        f"{engine} cannot {what} {bundle.path} ({(lines or [type(error).__name__])[-1][:200]})",
         "a whole bundle that crosspatch wrote",
         "export the run again, or update the engine",
     ) from error

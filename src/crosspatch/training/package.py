@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from crosspatch.data import jsons
 from crosspatch.data.preprocess import Preprocess
+from crosspatch.data.tensors import read_header, read_tensors
 from crosspatch.errors import DataError
 from crosspatch.tasks import make_task
 from crosspatch.tokens.spec import parse, spelt
+from crosspatch.training.harmless import require_harmless
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.state import flush_folder, write_aside
 
@@ -29,6 +32,7 @@ SCHEMAS = {"classify": 1, "multilabel": 2}
 """Of config.json by task: a reader of schema 1 would take the sigmoids of the latter for a
 softmax."""
 LARGEST_CONFIG = 1 << 20  # bytes
+LARGEST = 8192  # pixels a side that pictures may be asked in
 KINDS = {"architecture": str, "model_args": dict, "class_names": list, "preprocessing": dict,
          "transforms": list}  # fmt: skip
 """What config.json must hold."""
@@ -92,21 +96,6 @@ def file_hash(path: Path) -> str:
     """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a file. Raises DataError where it is missing or torn."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DataError(
-            f"{path} is missing or torn ({error})",
-            "the weights of a trained model",
-            "train or fetch it again",
-        ) from error
 
 
 def _arguments(recipe: Recipe, classes: int, *, training: bool) -> dict[str, Any]:
@@ -197,12 +186,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     advice = "give the folder of a run that has finished an epoch"
     if not path.is_file():
         raise DataError(f"{path} does not exist", "the folder of a trained model", advice)
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise DataError(f"{path} is larger than 1 MB", "a model's config.json", advice)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = jsons.parse(jsons.read_text(path, LARGEST_CONFIG))
         missing = [key for key in KINDS if key not in config]
-    except (ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} is not JSON ({error})", "a model's config.json", advice) from error
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}", "a model's config.json", advice)
@@ -213,6 +200,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"a {KINDS[wrong[0]].__name__}",
             advice,
         )
+    try:
+        jsons.class_names(config["class_names"])
+    except ValueError as error:
+        raise DataError(f"{path}: {error}", "the names of classes", advice) from error
     return config
 
 
@@ -247,52 +238,70 @@ def load_model(run: str | Path) -> Trained:
     """The trained model of a run folder (or of its `model/`).
 
     Raises DataError when files are missing, damaged or do not fit each other, and when a weight is
-    not finite.
+    not finite. Nothing is allocated before the network and its weights were found to fit.
     """
     folder = model_folder(run)
-    config = read_config(folder)
-    path = folder / WEIGHTS
-    weights = read_tensors(path)
-    module = _create(config["architecture"], config["model_args"])
-    _replay(module, config["transforms"], folder / CONFIG)
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise DataError(
-            f"{path} does not fit {config['architecture']}: {error}",
-            "weights and config.json of one run",
-            "train again",
-        ) from error
-    bad = [name for name, w in weights.items() if w.is_floating_point() and not w.isfinite().all()]
-    if bad:
-        raise DataError(
-            f"{path} holds weights that are not finite: {', '.join(bad[:3])}",
-            "weights of a training that did not diverge",
-            "train again with a lower rate (--lr)",
-        )
-    return Trained(
-        module.eval(),
-        tuple(config["class_names"]),
-        Preprocess.from_dict(config["preprocessing"]),
-        float(config.get("temperature", 1.0)),
-        int(config.get("calibrated_on", 0)),
-        *_task(config, folder / CONFIG),
-    )
+    path, told = folder / WEIGHTS, _described(folder)
+    module = _rebuilt(folder)
+    module.load_state_dict(read_tensors(path, "the weights of a trained model"))
+    return Trained(module.eval(), *told)
 
 
 def load_untrained(run: str | Path, seed: int = 0) -> Trained:
     """The same network with weights as they are before any training: a control. The draws of the
-    process are left as they were. Raises DataError for a damaged config.json."""
+    process are left as they were. Raises DataError for damaged files."""
     import torch
 
     folder = model_folder(run)
-    config = read_config(folder)
+    told = _described(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        module = _rebuilt(folder)
+    return Trained(module.eval(), told[0], told[1], 1.0, 0, *told[4:])
+
+
+def _rebuilt(folder: Path) -> nn.Module:
+    """The network of config.json, with first weights. Raises DataError where it cannot be built, or
+    where the file of weights holds others."""
+    from crosspatch.training.outline import built, require_fitting
+
+    config, path = read_config(folder), folder / CONFIG
+    require_harmless(config["model_args"], path)
+    header = read_header(folder / WEIGHTS, "the weights of a trained model")
+
+    def build() -> nn.Module:
         module = _create(config["architecture"], config["model_args"])
-        _replay(module, config["transforms"], folder / CONFIG)
-    classes, seen = tuple(config["class_names"]), Preprocess.from_dict(config["preprocessing"])
-    return Trained(module.eval(), classes, seen, 1.0, 0, *_task(config, folder / CONFIG))
+        _replay(module, config["transforms"], path)
+        return module
+
+    require_fitting(build, header.tensors, path, folder / WEIGHTS)
+    return built(build, path)
+
+
+def _described(folder: Path) -> tuple[Any, ...]:
+    """What config.json says beside the network: the further fields of `Trained`. Raises DataError
+    for what makes no sense."""
+    config, path = read_config(folder), folder / CONFIG
+    try:
+        preprocess = Preprocess.from_dict(config["preprocessing"])
+        temperature = float(config.get("temperature", 1.0))
+        pictures, given = int(config.get("calibrated_on", 0)), config["model_args"]
+        thresholds = tuple(float(one) for one in config.get("thresholds", ()))
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature {temperature}")
+        if max(preprocess.store) > LARGEST:
+            raise ValueError(f"pictures of {preprocess.store} pixels")
+        if given.get("num_classes", len(config["class_names"])) != len(config["class_names"]):
+            raise ValueError(f"{given['num_classes']} classes with other names")
+        size = given.get("img_size")
+        if isinstance(size, list) and tuple(size) != preprocess.size:
+            raise ValueError(f"a network for {size}, pictures of {preprocess.size} pixels")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise DataError(
+            f"{path} makes no sense ({error})", "a model's config.json", "train again"
+        ) from error
+    names = jsons.class_names(config["class_names"])
+    return names, preprocess, temperature, pictures, *_task(config, path, thresholds)
 
 
 def _replay(module: nn.Module, transforms: list[Any], path: Path) -> None:
@@ -306,14 +315,17 @@ def _replay(module: nn.Module, transforms: list[Any], path: Path) -> None:
             raise DataError(f"{path}: {error.got}", error.expected, error.do) from error
 
 
-def _task(config: dict[str, Any], path: Path) -> tuple[str, tuple[float, ...]]:
+def _task(
+    config: dict[str, Any], path: Path, thresholds: tuple[float, ...]
+) -> tuple[str, tuple[float, ...]]:
     """(task, thresholds) of a model; DataError where this version knows no such thing."""
-    name, thresholds = config.get("task", "classify"), tuple(config.get("thresholds", ()))
+    name = config.get("task", "classify")
     needed = len(config["class_names"]) if name == "multilabel" else 0
-    if name not in SCHEMAS or len(thresholds) != needed:
+    known = isinstance(name, str) and name in SCHEMAS
+    if not known or len(thresholds) != needed or not all(0 <= one <= 1 for one in thresholds):
         raise DataError(
-            f"{path} has the task {name!r} with {len(thresholds)} thresholds",
+            f"{path} has the task {jsons.shown(name)} with {len(thresholds)} thresholds",
             f"one of {', '.join(SCHEMAS)}; multilabel has a threshold for each class",
             "use a newer version of crosspatch, or train again",
         )
-    return name, tuple(float(threshold) for threshold in thresholds)
+    return name, thresholds

@@ -14,6 +14,7 @@ from crosspatch.errors import UsageError, near
 from crosspatch.layers.linear import MODES
 from crosspatch.tasks import TASKS
 from crosspatch.tokens.spec import parse
+from crosspatch.training.harmless import require_harmless
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 MIXERS = (
@@ -204,6 +205,7 @@ class Recipe:
             made["augment"] = AugmentConfig(**{k: _tuples(v) for k, v in augment.items()})
         for name in ("model_args", "objective_args"):
             made[name] = given.get(name, {})
+        require_harmless(made["model_args"], "the settings of the run")
         return cls(**made)
 
 

@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosspatch.data.tensors import read_header, read_tensors
 from crosspatch.errors import DataError, UsageError
 
 LAST, BEFORE, GOOD = "last.safetensors", "last-1.safetensors", "good.safetensors"
 TEMPORARY = ".writing-"
 KEY = "crosspatch-state"
 SCHEMA = 1
+EXPECTED, DO = "a training state that this program wrote", "train anew with --overwrite"
 TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -163,20 +165,14 @@ def keep_good(folder: Path) -> None:
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read and verify one state file. Raises DataError naming it when it is torn or foreign."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise _unusable(path, f"is torn or is no safetensors file ({error})") from error
+    header = read_header(path, EXPECTED, DO)
+    tensors, note = read_tensors(path, EXPECTED, DO, finite=False), header.metadata.get(KEY)
     if note is None:
         raise _unusable(path, "holds no training state")
     try:
-        record = json.loads(note)
+        record = json.loads(note)  # ours: it may hold losses that are not finite
         schema, crc, meta = record["schema"], record["crc32"], record["meta"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unusable(path, "has unreadable metadata") from error
     if schema != SCHEMA:
         raise _unusable(path, f"has the format {schema}, this version reads {SCHEMA}")
@@ -186,9 +182,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _unusable(path: Path, why: str) -> DataError:
-    return DataError(
-        f"{path} {why}", "a training state that this program wrote", "train anew with --overwrite"
-    )
+    return DataError(f"{path} {why}", EXPECTED, DO)
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:

@@ -18,6 +18,7 @@ import crosspatch._torchvision  # noqa: F401
 import torch
 from torch import nn
 
+from crosspatch.data.tensors import read_tensors
 from crosspatch.errors import DataError, UsageError, near
 from crosspatch.objectives.teacher import Scale, Teacher
 from crosspatch.training.package import (
@@ -157,7 +158,6 @@ def _load_run(folder: Path) -> _Trained:
 
 def _load_released(record: dict[str, str], file: Path) -> _Trained:
     import timm
-    from safetensors.torch import load_file
 
     from crosspatch.models.registry import create_model, load_released
 
@@ -171,7 +171,7 @@ def _load_released(record: dict[str, str], file: Path) -> _Trained:
     settings: Any = timm.get_pretrained_cfg(release.name)
     module = create_model(release.model, num_classes=settings.num_classes)
     size = _size_of(module, release)
-    load_released(module, load_file(file))
+    load_released(module, read_tensors(file))
     return _Trained(module, size, Scale(release.mean, release.std), (), "classify")
 
 

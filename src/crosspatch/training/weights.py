@@ -8,7 +8,6 @@ over, class by class by name; `refuse_seen` keeps pictures that trained a run fr
 from __future__ import annotations
 
 import copy
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,9 +19,11 @@ from crosspatch.data.longtail import Tail, parse_spec
 from crosspatch.data.preprocess import Preprocess
 from crosspatch.data.sources import Source
 from crosspatch.data.split import read_split
+from crosspatch.data.tensors import ENDING, read_header
 from crosspatch.errors import DataError, UsageError, near, option
 from crosspatch.tokens import spec
 from crosspatch.tokens.reduce import options_of
+from crosspatch.training.harmless import require_harmless
 from crosspatch.training.package import CONFIG, file_hash, model_folder, read_config
 from crosspatch.training.package import WEIGHTS as TENSORS
 from crosspatch.training.pictures import Pictures
@@ -31,7 +32,7 @@ from crosspatch.training.run import RunFolder
 
 NONE, AUTO = "none", "auto"
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
-ENDING = ".safetensors"
+DO = "fetch it again, or correct --weights"
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def _of_run(asked: str, path: Path) -> Found:
             f"{tensors} does not exist", "the weights of a trained model", "train again"
         )
     fixed = ("num_classes", "img_size")
+    require_harmless(config["model_args"], folder / CONFIG)
     arguments = {k: v for k, v in config["model_args"].items() if k not in fixed}
     preprocess = Preprocess.from_dict(config["preprocessing"])
     shape = {one.name: getattr(preprocess, one.name) for one in fields(preprocess)}
@@ -220,31 +222,9 @@ def _reduction_of(transforms: Any, folder: Path) -> str:
 
 
 def _of_file(asked: str, path: Path) -> Found:
-    if path.suffix.lower() in PICKLED:
-        raise DataError(
-            f"{asked} may be a pickle, which runs the code of whoever wrote it",
-            "a .safetensors file",
-            f"where you trust it: {conversion(path)}",
-        )
-    if path.suffix.lower() != ENDING:
-        raise DataError(
-            f"{asked} is no .safetensors file",
-            "a file of tensors, the folder of a run, or the name of a released checkpoint",
-            "correct --weights",
-        )
+    """Weights of a file: what it is, its content decides, not its name."""
+    read_header(path, "a .safetensors file, the folder of a run, or a released checkpoint", DO)
     return Found("file", asked, path, file_hash(path), reasons=(f"Weights of {asked}, as asked.",))
-
-
-def conversion(path: Path) -> str:
-    """The command that makes a .safetensors file of a file of torch, in the user's environment."""
-    code = (
-        "import torch as t, safetensors.torch as s; "
-        f"d = t.load({str(path)!r}, map_location='cpu', weights_only=True); "
-        "d = d.get('model', d.get('state_dict', d)); "
-        "s.save_file({k: v.clone().contiguous() for k, v in d.items()}, "
-        f"{str(path.with_suffix(ENDING))!r})"
-    )
-    return f"python -c {shlex.quote(code)}"
 
 
 def match_heads(theirs: Sequence[str], ours: Sequence[str]) -> tuple[tuple[int, ...], str]:
