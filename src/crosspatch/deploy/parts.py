@@ -106,6 +106,7 @@ class Parts:
 
     def begin(self, state: dict[str, Any]) -> None:
         """Remove what there is and note down what is to be done."""
+        self._mine = True
         self._clear(keep=LOCK)
         self._write(STATE, json.dumps(state).encode())
 
