@@ -6,7 +6,6 @@ import csv
 import errno
 import os
 import shutil
-import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -157,24 +156,29 @@ PLACES = [
 ]
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+KILLS = st.lists(
+    st.tuples(st.sampled_from(PLACES), st.booleans(), st.integers(1, 14)), min_size=1, max_size=3
 )
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(PLACES), st.booleans(), st.integers(1, 14)),
-        min_size=1,
-        max_size=3,
-    ),
-    st.sampled_from([1, 1, 2]),
-)
+SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=12, **SHARED)
+@given(KILLS, st.sampled_from([1, 1, 2]))
 def test_a_table_after_kills_is_that_of_a_run_without(
     mixing, bundle, files, tmp_path_factory, kills, workers
 ) -> None:
     """A SIGKILL before or behind any call that touches the disk, up to three in a row."""
-    home = tmp_path_factory.mktemp("kills")
+    kill_and_go_on(bundle, files, tmp_path_factory.mktemp("kills"), kills, workers)
+
+
+@pytest.mark.long
+@settings(max_examples=200, **SHARED)
+@given(KILLS, st.sampled_from([1, 1, 2]))
+def test_a_table_after_many_kills(mixing, bundle, files, tmp_path_factory, kills, workers) -> None:
+    kill_and_go_on(bundle, files, tmp_path_factory.mktemp("kills"), kills, workers)
+
+
+def kill_and_go_on(bundle: Path, files: list[str], home: Path, kills: list, workers: int) -> None:
     work(bundle, files, home / "whole.csv")
     (home / "work").mkdir()
     table = home / "work" / "out.csv"
@@ -367,11 +371,13 @@ def test_files_of_somebody_else_are_not_touched(mixing, bundle, files, tmp_path)
 def test_a_worker_that_is_killed_costs_its_part_only(
     mixing, bundle, files, tmp_path, monkeypatch
 ) -> None:
-    parent, run = os.getpid(), Mixing.run
+    run, calls = Mixing.run, []
 
     def dying(self, images):
-        if os.getpid() != parent and (tmp_path / "out.csv.parts" / "000002.part").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(1)
+        while len(calls) == 3:
+            if list((tmp_path / "out.csv.parts").glob("*.part")):
+                die()
         return run(self, images)
 
     with monkeypatch.context() as patch:
@@ -424,7 +430,7 @@ def test_a_run_is_answered_by_torch_with_the_same_parts(folder, files, tmp_path)
     assert table.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, **SHARED)
 @given(
     st.lists(
         st.tuples(st.binary(max_size=40), st.binary(max_size=40), st.text(max_size=9)),
