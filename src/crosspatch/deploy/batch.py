@@ -2,10 +2,11 @@
 """Very many pictures to one table: in parts, on all cores, with memory that does not grow.
 
 A bundle is answered by a process to a core, each with an engine of one thread of its own: on four
-cores that took 0.4 to 0.7 of the time of one engine fed by threads (benchmarks/batch.py). They are
-forked before any engine is opened. A run is answered here, by torch. A part is PART pictures of the
-list, and is cut into the engine's batches alike whoever does it: int8 with dynamic scales answers a
-picture with an eye on its batch, and a table must not depend on who was killed when.
+busy cores that took 0.4 to 0.7 of the time of one engine fed by threads (benchmarks/batch.py). They
+are forked before any engine is opened; that takes half a second of processor time in all. A run is
+answered here, by torch. A part is PART pictures of the list, and is cut into the engine's batches
+alike whoever does it: int8 with dynamic scales answers a picture with an eye on its batch, and a
+table must not depend on who was killed when.
 
 The rows are those of `deploy.table`, in its order: what was read, then what was not. This module
 does not import torch.
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import crosspatch
 from crosspatch.data import workers as processes
 from crosspatch.deploy.bundle import read_bundle
+from crosspatch.deploy.choice import choose
 from crosspatch.deploy.engines import Setting
 from crosspatch.deploy.loading import MANY, load, weights_hash
 from crosspatch.deploy.parts import SHOWN, Part, Parts
@@ -215,10 +217,14 @@ def _model(run: Path, job: _Job) -> _Model:
 
 
 def _chosen(run: Path, engine: str) -> Setting:
-    """The engine for a bundle, measured in a process of its own: what engines leave behind, threads
-    and locks, would be forked into the workers."""
-    job = lambda chunk: load(run, engine=engine, threads=1, batch=MANY).engine.setting
-    with processes.pool(2, job) as work:
+    """The engine for a bundle. It is measured in a process of its own: what engines leave behind,
+    threads and locks, would be forked into the workers. One that is named is opened there first,
+    so that it is refused here."""
+    bundle = read_bundle(run)
+    name = lambda chunk: choose(bundle, MANY, threads=1)
+    if engine != "auto":
+        name = lambda chunk: load(run, engine=engine, threads=1).engine.setting
+    with processes.pool(2, name) as work:
         (setting,) = work([range(1)])
     return setting
 
