@@ -65,16 +65,23 @@ class _Stopped(Exception):
 
 class _Job:
     """Answers a stretch of the list; called in a forked process, or here. `run` is opened by each
-    thread for itself, unless a predictor is given."""
+    thread for itself, unless a predictor is given.
 
-    def __init__(self, run: Path, engine: str, paths: Sequence[str], k: int) -> None:
-        self.run, self.engine, self.paths, self.k = run, engine, paths, k
+    chunks: the stretches. Their names are kept as texts: a forked process that touches a hundred
+    thousand strings makes copies of their memory, for they count who refers to them.
+    """
+
+    def __init__(self, run: Path, engine: str, paths: Sequence[str], part: int, k: int) -> None:
+        self.run, self.engine, self.k = run, engine, k
+        starts = range(0, len(paths), part)
+        self.chunks = [range(at, min(at + part, len(paths))) for at in starts]
+        self._names = {one: json.dumps(paths[one.start : one.stop]) for one in self.chunks}
         self.given: Predictor | None = None
         self.stop = mmap.mmap(-1, 1)  # shared with the processes that are forked
         self._own = threading.local()
 
     def __call__(self, chunk: range) -> tuple[int, Part]:
-        paths = self.paths[chunk.start : chunk.stop]
+        paths = json.loads(self._names[chunk])
         predictor, readers = self._predictor()
         answers = predictor.predict(paths, readers=readers, progress=self._check)
         rows = rows_of(paths, answers, self.k)
@@ -119,7 +126,7 @@ def predict_many(
     for a damaged model or a process that was killed: the parts that are done stay.
     """
     with Parts(table) as parts:
-        job = _Job(run, engine, paths, topk)
+        job = _Job(run, engine, paths, part, topk)
         model = _model(run, job)
         about = _about(model, paths, missing, topk, engine, part)
         state = None if overwrite else _same(parts, about)
@@ -132,7 +139,7 @@ def predict_many(
             job.engine = setting.engine + ("-bf16" if setting.precision == "bf16" else "")
         parts.resume()
         count = (workers or usable_cores()) if job.given is None else 1
-        count = max(1, min(count, -(-len(paths) // part)))
+        count = max(1, min(count, len(job.chunks)))
         kept = _done(parts)
         with _told_of(parts, len(paths), again):
             _work(parts, job, count, part, lambda done: progress(done, len(paths), kept))
@@ -147,8 +154,7 @@ def _work(
     parts: Parts, job: _Job, workers: int, part: int, progress: Callable[[int], None]
 ) -> None:
     """Make the parts that are not there yet."""
-    chunks = [range(at, min(at + part, len(job.paths))) for at in range(0, len(job.paths), part)]
-    left = [chunk for chunk in chunks if chunk.start // part not in parts.done]
+    left = [chunk for chunk in job.chunks if chunk.start // part not in parts.done]
     done = _done(parts)
     progress(done)
     if not left:
