@@ -9,17 +9,15 @@ from __future__ import annotations
 import csv
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from crosspatch.cli import batch
 from crosspatch.cli.options import Output, at_least, existing_run
 from crosspatch.errors import DataError, UsageError, visible
-
-if TYPE_CHECKING:
-    from crosspatch.deploy.predictor import Predictions
 
 MODEL = "The folder of a trained run, or a bundle (.onnx, .xml) that was exported from one."
 ENGINE = (
@@ -39,6 +37,8 @@ def predict(
     csv: Annotated[Path | None, Parameter(metavar="FILE")] = None,
     show_tokens: Annotated[Path | None, Parameter(metavar="FILE.png")] = None,
     explain: Annotated[Path | None, Parameter(metavar="FILE.html")] = None,
+    workers: Annotated[int | None, at_least(1, "--workers 2")] = None,
+    overwrite: bool = False,
     output: Output | None = None,
 ) -> int:
     """Name the class of pictures.
@@ -49,13 +49,19 @@ def predict(
         How many classes are named for each picture, most probable first. A run of several labels
         shows all that a picture has.
     csv
-        Write the answers to this table as well.
+        Write the answers to this table as well. A thousand pictures and more are answered in
+        parts, which lie beside it until it is whole: the same command goes on after a kill.
     show_tokens
         Draw into this file which patches of the picture a reduced run keeps and merges at each
         block. Takes one picture.
     explain
         Write a page that shows where the network looked and what decided: which parts, and which
         branch of a CrossViT. Takes a run and up to eight pictures.
+    workers
+        How many processes answer a thousand pictures and more, of a bundle; one to a core if left
+        alone. Each holds the model once.
+    overwrite
+        Begin a table anew whose parts are of another model, other pictures or other options.
     """
     output = output or Output()
     if not images:
@@ -71,11 +77,15 @@ def predict(
         _check_drawing(show_tokens, run, paths)
     if explain is not None:
         _check_explaining(explain, run, paths)
+    if csv is not None and not (show_tokens or explain) and batch.wanted(csv, len(paths)):
+        how = {"topk": topk, "engine": engine, "workers": workers, "overwrite": overwrite}
+        return batch.predict_table(run, paths, missing, csv, output, **how)
 
     from crosspatch.cli.screen import Screen, print_json
 
     panels: list[Any] = []
     with Screen(stderr=output.json) as screen:
+        from crosspatch.deploy import table
         from crosspatch.deploy.loading import MANY, load
 
         trained = _taken_apart(run) if explain is not None else None
@@ -85,9 +95,11 @@ def predict(
         )
         several = bool(answers.thresholds)
         unreadable = missing + [(paths[one.index], one.reason) for one in answers.failures]
-        rows = _rows(paths, answers, topk)
+        rows = table.rows_of(paths, answers, topk)
         if csv is not None:
-            write_table(csv, _table(rows, unreadable, min(topk, len(answers.classes)), several))
+            names = table.columns(min(topk, len(answers.classes)), several)
+            bad = [table.bad_row(*one, len(names)) for one in unreadable]
+            csv.write_bytes(table.lines([names, *map(table.good_row, rows), *bad]))
         if not output.json:
             _print(screen, rows, unreadable)
         if show_tokens is not None and rows:
@@ -258,39 +270,6 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _rows(paths: list[str], answers: Predictions, k: int) -> list[dict[str, Any]]:
-    """path and top, and of several labels to a picture `labels`: those that it is said to have."""
-    rows = []
-    for path, labels, top in zip(paths, answers.labels, answers.top(k), strict=True):
-        if labels is not None and top is not None:
-            several = {"labels": _pairs(labels)} if answers.thresholds else {}
-            rows.append({"path": path, **several, "top": _pairs(top)})
-    return rows
-
-
-def _pairs(pairs: list[tuple[str, float]]) -> list[dict[str, Any]]:
-    return [{"class": name, "probability": round(p, 6)} for name, p in pairs]
-
-
-def _table(
-    rows: list[dict[str, Any]], unreadable: list[tuple[str, str]], k: int, several: bool
-) -> Iterator[dict[str, Any]]:
-    """path, class_1, probability_1 … class_k, probability_k, error: one row per picture; of several
-    labels to a picture `labels` and `probabilities` come first, with | between them."""
-    from crosspatch.data.labels import SEPARATOR
-
-    names = [f"{name}_{place}" for place in range(1, k + 1) for name in ("class", "probability")]
-    names = ["labels", "probabilities", *names] if several else names
-    for row in rows:
-        values = [value for one in row["top"] for value in (one["class"], one["probability"])]
-        if several:
-            parts = [[str(one[key]) for one in row["labels"]] for key in ("class", "probability")]
-            values = [*map(SEPARATOR.join, parts), *values]
-        yield {"path": row["path"], **dict(zip(names, values, strict=True)), "error": ""}
-    for path, reason in unreadable:
-        yield {"path": path, **dict.fromkeys(names, ""), "error": reason}
-
-
 def _print(screen: Any, rows: list[dict[str, Any]], unreadable: list[tuple[str, str]]) -> None:
     from rich.cells import cell_len
 
@@ -314,10 +293,12 @@ def _said(pairs: list[dict[str, Any]]) -> str:
     return ", ".join(f"{one['class']} {words.percent(one['probability'])}" for one in pairs)
 
 
-def nothing_readable(unreadable: list[tuple[str, str]]) -> DataError:
-    """The error for (name, reason) pairs when no picture is left."""
+def nothing_readable(unreadable: list[tuple[str, str]], count: int = 0) -> DataError:
+    """The error for (name, reason) pairs when no picture is left. count: of all of them, where
+    these are the first."""
     path, reason = unreadable[0]
-    more = f" (and {len(unreadable) - 1:,} more)" if len(unreadable) > 1 else ""
+    count = count or len(unreadable)
+    more = f" (and {count - 1:,} more)" if count > 1 else ""
     return DataError(
         f"nothing could be read: {path}: {reason}{more}",
         "at least one whole picture (JPEG, PNG, WebP, BMP, GIF or TIFF)",

@@ -99,9 +99,9 @@ class Screen:
         """A sentence of the run."""
         self.line(text)
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Something long beside the steps: reading pictures, testing."""
-        self._bar(what, done, total, f"{done:,} of {total:,}")
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Something long beside the steps: reading pictures, testing. note: how fast it goes."""
+        self._bar(what, done, total, f"{done:,} of {total:,}" + (f", {note}" if note else ""))
 
     def step(self, done: int, total: int, loss: float, images_per_second: float) -> None:
         """An optimiser step was made: `done` of `total` of the whole run."""

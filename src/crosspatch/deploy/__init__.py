@@ -9,6 +9,7 @@ place      where a bundle is written: aside first, renamed when whole
 engines    ONNX Runtime and OpenVINO behind one call; no torch
 choice     which engine and how many threads: a short measurement, remembered; no torch
 predictor  files, bytes and arrays in, answers out; no torch
+batch      very many pictures to one table; parts and table are where they lie and their rows
 torch_engine, loading   a run folder or a bundle -> Predictor (`crosspatch.load`)
 client     the tiny client that is written beside a bundle: numpy, onnxruntime and Pillow only
 verify     a bundle against the torch model, on the user's own pictures

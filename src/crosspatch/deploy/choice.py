@@ -34,13 +34,15 @@ PATIENCE = 4.0  # seconds, after which no further engine is opened
 CACHE = "engines.json"
 
 
-def choose(bundle: Bundle, batch: int = 1, engines: Sequence[str] = ENGINES) -> Setting:
+def choose(
+    bundle: Bundle, batch: int = 1, engines: Sequence[str] = ENGINES, threads: int | None = None
+) -> Setting:
     """The fastest engine and thread count for batches of `batch` pictures on this machine.
 
     A batch of which one turn would take longer than TURN is measured with fewer pictures.
-    engines: those that may be chosen. The precision is that of the file: bf16 is never chosen.
-    Raises UsageError when no engine is installed for this kind of bundle, DataError when none can
-    load it.
+    engines: those that may be chosen; threads: at most so many, None for all cores. The precision
+    is that of the file: bf16 is never chosen. Raises UsageError when no engine is installed for
+    this kind of bundle, DataError when none can load it.
     """
     candidates = [one for one in available(bundle) if one[0] in engines and one[1] != "bf16"]
     if not candidates:
@@ -50,7 +52,7 @@ def choose(bundle: Bundle, batch: int = 1, engines: Sequence[str] = ENGINES) -> 
             f"{needs}, installed",
             "pip install 'crosspatch[onnx]' or pip install 'crosspatch[openvino]'",
         )
-    cores = usable_cores()
+    cores = min(threads or usable_cores(), usable_cores())
     key = _key(bundle, batch, candidates, cores)
     kept = remembered(CACHE, key, lambda: list(_measure(bundle, batch, candidates, cores)))
     return _setting(kept, candidates, cores) or _measure(bundle, batch, candidates, cores)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from crosspatch.deploy.bundle import Bundle, read_bundle
 from crosspatch.deploy.choice import choose
-from crosspatch.deploy.engines import Engine, Setting, open_engine
+from crosspatch.deploy.engines import ENGINES, Engine, Setting, open_engine
 from crosspatch.deploy.predictor import Predictor
 from crosspatch.errors import UsageError, near
 from crosspatch.processor import usable_cores
@@ -84,7 +84,7 @@ def open_bundle(
         return open_engine(bundle, name, precision or None, threads)
     if precision:  # its threads are those that serve fp32 best; refused before that is measured
         open_engine(bundle, name, precision, usable_cores())
-    chosen = choose(bundle, batch) if name == "auto" else choose(bundle, batch, [name])
+    chosen = choose(bundle, batch, ENGINES if name == "auto" else [name], threads)
     wanted = Setting(chosen.engine, precision or chosen.precision, threads or chosen.threads)
     return open_engine(bundle, *wanted)
 

@@ -124,14 +124,16 @@ class Predictor:
         pictures: Picture | Iterable[Picture],
         *,
         batch: int | None = None,
+        readers: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Predictions:
         """Probabilities of every class for each picture that can be read.
 
         pictures: one, or any number of them; one that cannot be read becomes a Failure. batch: how
-        many the engine gets at once, None for the usual number. progress: called with (pictures
-        done, all pictures). Raises UsageError for what is no picture at all, DataError when the
-        model gives probabilities that are not finite.
+        many the engine gets at once, None for the usual number. readers: threads that decode ahead
+        of the engine, None for one to a core; with 1 the calling thread does it. progress: called
+        with (pictures done, all pictures). Raises UsageError for what is no picture at all,
+        DataError when the model gives probabilities that are not finite.
         """
         batch = batch or BATCH.get(self.engine.setting.engine, 16)
         one = isinstance(pictures, str | Path | bytes | np.ndarray) or callable(pictures)
@@ -139,7 +141,7 @@ class Predictor:
         ok: list[int] = []
         probs = [np.zeros((0, len(self.classes)), np.float32)]
         failures: list[Failure] = []
-        for start, loaded in self._batches(given, batch):
+        for start, loaded in self._batches(given, batch, readers):
             good = [(start + i, one) for i, one in enumerate(loaded) if isinstance(one, np.ndarray)]
             failures += [
                 Failure(start + i, one) for i, one in enumerate(loaded) if isinstance(one, str)
@@ -181,13 +183,14 @@ class Predictor:
         return probs
 
     def _batches(
-        self, pictures: list[Picture], batch: int
+        self, pictures: list[Picture], batch: int, readers: int | None
     ) -> Iterator[tuple[int, list[np.ndarray | str]]]:
         """(place of the first, pixels or reasons of a batch), two batches read ahead."""
-        if len(pictures) == 1:  # a thread would cost more than it saves
-            yield 0, [self._load(pictures[0])]
+        if len(pictures) == 1 or readers == 1:  # a thread would cost more than it saves
+            for start in range(0, len(pictures), batch):
+                yield start, [self._load(one) for one in pictures[start : start + batch]]
             return
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(readers or min(16, os.cpu_count() or 1)) as pool:
             waiting = (pool.submit(self._load, picture) for picture in pictures)
             ahead: deque[Future[np.ndarray | str]] = deque(islice(waiting, 2 * batch))
             try:
