@@ -13,6 +13,7 @@ from crosspatch.cli.main import main
 from crosspatch.deploy import export
 from support.command import Answer
 from support.once import once, shared
+from support.processors import without_bf16  # noqa: F401
 from support.timing import few_timed  # noqa: F401
 
 Command = Callable[..., Answer]

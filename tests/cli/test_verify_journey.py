@@ -12,7 +12,6 @@ from onnx import numpy_helper
 from crosspatch.deploy import verify as room
 from crosspatch.deploy.quantise import quantise_dynamic
 from support.bundles import write_bundle
-from support.processors import without_bf16  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,6 @@ from crosspatch.deploy.verify import AGREEMENT, TOLERANCE, compare, summary, ver
 from crosspatch.errors import DataError, UsageError
 from support.bundles import colours, info, write_bundle, write_openvino
 from support.once import once, shared
-from support.processors import without_bf16  # noqa: F401
 from support.runs import write_run
 
 QUICK = 0.05  # seconds for latencies
