@@ -1,0 +1,54 @@
+"""One server for each test process, of a model that answers with the mean colour of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crosspatch.deploy.bundle import read_bundle
+from crosspatch.deploy.engines import open_engine
+from crosspatch.deploy.predictor import Predictor
+from hostile.process import Server
+from hostile.talk import Reply
+from support.bundles import write_bundle
+from support.hostile import picture, saved
+
+SLOW = "1.5"
+"""Seconds in which a request must have come, of the server under test; 8 of a user's."""
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("hostile") / "bundle.onnx")
+
+
+@pytest.fixture(scope="session")
+def server(bundle: Path) -> Iterator[Server]:
+    """A server with one engine thread and two decoders, whose clients must be quick."""
+    with Server(bundle, bundle.with_name("log.jsonl"), *OPTIONS, **ENVIRONMENT) as running:
+        for _ in range(5):
+            assert running.ask(GOOD).status == 200
+        running.idle = running.memory()  # type: ignore[attr-defined]
+        yield running
+
+
+@pytest.fixture(scope="session")
+def answer(bundle: Path) -> Callable[[bytes], np.ndarray]:
+    """What `crosspatch predict` says of a picture: (3,) probabilities, classes in their order."""
+    opened = read_bundle(bundle)
+    predictor = Predictor(open_engine(opened), opened.info.classes, opened.info.preprocess)
+    return lambda data: predictor.predict(data).probs[0]
+
+
+GOOD = saved(picture("discs", 11), "PNG")
+OPTIONS: tuple[str, ...] = ("--engine", "onnxruntime", "--threads", "1", "--workers", "2")
+ENVIRONMENT: dict[str, str] = {}
+
+
+def probabilities(reply: Reply, classes: tuple[str, ...] = ("red", "green", "blue")) -> np.ndarray:
+    """The probabilities in an answer, in the order of the classes."""
+    said = {one["class"]: one["probability"] for one in reply.json()["predictions"]}
+    return np.array([said[name] for name in classes])
