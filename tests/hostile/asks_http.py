@@ -164,7 +164,7 @@ def _slow() -> Iterator[Request]:
 
 
 def _leaving(server: Server, wait: float, count: int = 8) -> Reply:
-    """Clients that send a picture and are gone after `wait` seconds, by a reset; then a good one."""
+    """Clients that send a picture and are gone after `wait` seconds by a reset; then a good one."""
     for _ in range(count):
         line = socket.create_connection(("127.0.0.1", server.port))
         line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,11 +1,11 @@
 """Hostile inputs 1 to 29: would-be pictures, made in code, each with its right status.
 
-What decides: a body of no bytes is an error of the request (400); one that that is
-not read, known by its first bytes, is an unsupported medium (415); everything else that cannot be
-read is content that makes no sense (422), and so are too many pixels. What can be read is answered
-as `crosspatch predict` answers it (200). A server reads JPEG, PNG, WebP and BMP unless it is told
-otherwise. Two statuses stand only where the promise of little memory may win over the promise to
-read what is inside the limits of size.
+What decides: a body of no bytes is an error of the request (400); one that does not begin like a
+format that is read is an unsupported medium (415); everything else that cannot be read is content
+that makes no sense (422), and so are too many pixels. What can be read is answered as `crosspatch
+predict` answers it (200). A server reads JPEG, PNG, WebP and BMP unless it is told otherwise. Two
+statuses stand only where the promise of little memory may win over the promise to read what is
+inside the limits of size, or where a library may be built in two ways.
 """
 
 from __future__ import annotations

@@ -1,0 +1,168 @@
+"""A server under measurement, on its own processors, with pictures whose answers are known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import load
+import numpy as np
+
+from crosspatch.deploy.bundle import check_pictures, read_bundle
+from crosspatch.deploy.engines import Engine, open_engine
+from crosspatch.deploy.predictor import Predictor
+from hardware import facts
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))
+
+from hostile.process import Server  # noqa: E402
+
+from support.hostile import CLASSES, picture, saved  # noqa: E402
+
+NEAR = 1e-4
+"""Largest difference of a probability from the known one: batches add in another order."""
+PACKAGES = ("uvicorn", "fastapi", "onnxruntime", "openvino", "pillow")
+
+
+class Stage(NamedTuple):
+    """What is measured: a model's name, its server, and the pictures with their known answers.
+    server_cores, client_cores: processors that each may use; engine: the same as the server's."""
+
+    name: str
+    server: Server
+    engine: Engine
+    pictures: list[bytes]
+    known: np.ndarray
+    classes: tuple[str, ...]
+    size: tuple[int, int]
+    server_cores: list[int]
+    client_cores: list[int]
+
+    @property
+    def shared(self) -> str:
+        """Which processors both sides used."""
+        both = sorted(set(self.server_cores) & set(self.client_cores))
+        return ",".join(map(str, both)) or "none"
+
+    def client(self) -> load.Client:
+        target = f"/predict?top_k={min(len(self.classes), 1000)}"
+        return load.Client(self.server.port, self.pictures, target)
+
+    def facts(self) -> dict[str, Any]:
+        """The columns that say what was measured where."""
+        return {
+            "model": self.name,
+            "engine": self.engine.setting.describe(),
+            "server_cores": len(self.server_cores),
+            "client_cores": len(self.client_cores),
+            "shared_cores": self.shared,
+            **facts(*PACKAGES),
+        }
+
+    def wrong(self, sent: Sequence[load.Sent]) -> int:
+        """How many good answers are not the known one."""
+        return sum(not self.right(one) for one in sent if one.status == 200)
+
+    def right(self, one: load.Sent) -> bool:
+        said = {p["class"]: p["probability"] for p in json.loads(one.body)["predictions"]}
+        found = np.array([said.get(name, np.nan) for name in self.classes])
+        return bool(np.nanmax(np.abs(found - self.known[one.picture]), initial=0) < NEAR) and (
+            len(said) == min(len(self.classes), 1000)
+        )
+
+
+def bundle_of(model: str, place: Path) -> Path:
+    """A bundle of `model`, made in `place` where it is none."""
+    if model.endswith((".onnx", ".xml")):
+        return Path(model)
+    made = place / model / "bundle.onnx"
+    if made.exists():
+        return made
+    words = [sys.executable, "-m", "crosspatch"]
+    if model == "digits":
+        run = str(made.parent)
+        train = ["train", "digits", "--epochs", "1", "--out", run, "--overwrite"]
+        subprocess.run([*words, *train], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*words, "export", run], check=True, stdout=subprocess.DEVNULL)
+        return made
+    from crosspatch.deploy.subject import prepare
+
+    made.parent.mkdir(parents=True)
+    prepare(model, made, ("onnxruntime",), [], strict=True)
+    return made
+
+
+def drawn(count: int, side: int = 256) -> list[bytes]:
+    """JPEGs of shapes in drawn colours, no two alike."""
+    return [
+        saved(picture(CLASSES[n % len(CLASSES)], n, (side, side)), "JPEG", quality=90)
+        for n in range(count)
+    ]
+
+
+@contextmanager
+def staged(asked: argparse.Namespace, model: str, count: int, *options: str) -> Iterator[Stage]:
+    """A server of `model` that runs, on its cores, and this process on others."""
+    all_cores = sorted(os.sched_getaffinity(0))
+    few = len(all_cores) <= asked.client_cores
+    clients = all_cores if few else all_cores[-asked.client_cores :]
+    servers = all_cores if few else all_cores[: -asked.client_cores]
+    bundle = bundle_of(model, asked.work)
+    opened = read_bundle(bundle)
+    pictures = drawn(count)
+    os.sched_setaffinity(0, servers)  # threads of the engine inherit it
+    try:
+        pinned = ",".join(map(str, servers))
+        log = asked.work / "serve.log"
+        with Server(bundle, log, *options, *asked.option, taskset=pinned) as server:
+            info = json.loads(server.get("/info").body)
+            engine = open_engine(opened, info["engine"], threads=info["threads"])
+            predictor = Predictor(engine, opened.info.classes, opened.info.preprocess)
+            known = predictor.predict(pictures, batch=1).probs
+            os.sched_setaffinity(0, clients)
+            size = opened.info.preprocess.size
+            yield Stage(
+                model, server, engine, pictures, known, predictor.classes, size, servers, clients
+            )
+    finally:
+        os.sched_setaffinity(0, all_cores)
+
+
+def capacity(stage: Stage, seconds: float) -> float:
+    """Good answers a second at most, of as many clients as bring out most."""
+    best = 0.0
+    for clients in (4, 8, 16, 32):
+        client = stage.client()
+        sent = load.run(lambda c=client, n=clients: load.closed_loop(c, n, seconds))
+        client.close()
+        best = max(best, load.rate_of(sent))
+    return best
+
+
+def at_rate(stage: Stage, rate: float, seconds: float, seed: int) -> list[load.Sent]:
+    client = stage.client()
+    sent = load.run(lambda: load.open_loop(client, rate, seconds, seed))
+    client.close()
+    return sent
+
+
+def bare(stage: Stage, seconds: float = 3.0) -> list[float]:
+    """Seconds of single calls of the engine, on the server's cores, while the server rests."""
+    one, times = check_pictures(stage.size, 1), []
+    os.sched_setaffinity(0, stage.server_cores)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        stage.engine.run(one)
+        times.append(time.perf_counter() - began)
+    os.sched_setaffinity(0, stage.client_cores)
+    return times
