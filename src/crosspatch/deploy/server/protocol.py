@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""uvicorn's HTTP protocol with the limits that have to hold below ASGI.
+
+A request line and headers that never end, bytes that are no HTTP, a body in a million pieces, a
+client that opens a connection and says nothing: none of it reaches an application, so it is timed,
+counted and answered here, in the one shape of errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from crosspatch.deploy.server.errors import CAREFUL, CLOSED, render
+from crosspatch.deploy.server.front import Front
+from crosspatch.deploy.server.heads import headers_too_large
+from crosspatch.deploy.server.limits import SEVERAL
+from crosspatch.deploy.server.refusals import Refused, busy
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection. The application of its configuration is a Front."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        front = self.config.loaded_app
+        assert isinstance(front, Front)
+        self.front, self.allowed = front, front.limits
+        self.heading = True  # the head of a request is awaited or comes in
+        self.head_bytes = self.pieces = self.forgotten = 0
+        self.refused = False  # what still comes is forgotten
+        self.alarm: asyncio.TimerHandle | None = None
+        self.running: Any = None  # the request that is answered now, or was last
+
+    def connection_made(self, transport: Any) -> None:
+        """Counts and times it."""
+        super().connection_made(transport)
+        if len(self.connections) > self.allowed.connections:
+            self._refuse(busy(self.front.service.wait))
+            return
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Feeds the parser; after a refusal what comes is forgotten, up to a limit."""
+        if self.refused:
+            self.forgotten += len(data)
+            if self.forgotten > SEVERAL * self.allowed.body:
+                self.transport.close()
+            return
+        self._unset_keepalive_if_required()
+        if self.heading:
+            self.head_bytes += len(data)
+        try:
+            self.parser.feed_data(data)  # type: ignore[union-attr]
+        except httptools.HttpParserUpgrade:
+            self.cycle.keep_alive = False  # answered as if nothing had been asked for, then closed
+        except httptools.HttpParserError:
+            many = self.pieces > self.allowed.pieces
+            self._refuse(_malformed("the body comes in too many pieces") if many else _malformed())
+        else:
+            if self.heading and self.head_bytes > self.allowed.head:
+                self._refuse(headers_too_large(self.allowed))
+            elif self.heading and self.alarm is None and self._idle:
+                self._watch()
+
+    @property
+    def _idle(self) -> bool:
+        return self.running is None or self.running.response_complete
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self.running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_headers_complete(self) -> None:
+        """The head is whole: no longer timed."""
+        self._unwatch()
+        self.heading, self.pieces = False, 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        self.pieces += 1
+        if self.pieces > self.allowed.pieces:
+            raise ValueError("too many pieces")  # the parser stops, and says so to data_received
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The next bytes are another request's head."""
+        self.heading, self.head_bytes = True, 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Answered. What was refused behind it in the same connection gets no answer of its own."""
+        if self.refused:
+            self.server_state.total_requests += 1
+            self.transport.close()
+            return
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """In our shape, should uvicorn ever refuse something by itself."""
+        self._refuse(_malformed())
+
+    def _watch(self) -> None:
+        """From now on a head has to come in time."""
+        self.alarm = self.loop.call_later(self.allowed.head_seconds, self._late)
+
+    def _unwatch(self) -> None:
+        if self.alarm is not None:
+            self.alarm.cancel()
+            self.alarm = None
+
+    def _late(self) -> None:
+        if not self.head_bytes:  # a connection without a request
+            self.transport.close()
+            return
+        seconds = self.allowed.head_seconds
+        self._refuse(
+            Refused(
+                "timeout_headers",
+                f"the headers were not complete after {seconds:g} s",
+                "send them faster",
+            )
+        )
+
+    def _refuse(self, refused: Refused) -> None:
+        """Answers, and closes once the client has had the time to read it.
+
+        An answer that is owed to an earlier request goes first, and is the last.
+        """
+        if self.refused or self.transport.is_closing():
+            return
+        self.refused = True
+        self._unwatch()
+        guilty: Any = None if self.heading else self.cycle  # whose body is wrong
+        if not self._idle and (self.running is not guilty or guilty.response_started):
+            self.pipeline.clear()
+            self.running.keep_alive = False
+            return
+        if self._idle and guilty is not None:  # it has its answer
+            self.transport.close()
+            return
+        if guilty is not None:
+            guilty.disconnected = True
+            guilty.message_event.set()
+        self._answer(refused)
+
+    def _answer(self, refused: Refused) -> None:
+        number = os.urandom(8).hex()
+        headers, body = render(refused, number)
+        headers = [*headers, *CAREFUL, *CLOSED, (b"connection", b"close")]
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        self.transport.write(b"".join([STATUS_LINE[refused.status], *lines, b"\r\n", body]))
+        self.front.note_refused(refused, number)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(self.allowed.linger, self.transport.close)
+
+
+def _malformed(message: str = "this is no valid HTTP request") -> Refused:
+    return Refused("bad_request", message, "use an HTTP client, such as curl")
