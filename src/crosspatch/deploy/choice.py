@@ -21,7 +21,7 @@ import numpy as np
 
 from crosspatch.cache import remembered
 from crosspatch.deploy.bundle import Bundle, check_pictures
-from crosspatch.deploy.engines import ENGINES, Engine, Setting, available, open_engine
+from crosspatch.deploy.engines import ENGINES, BundleEngine, Engine, Setting, available, open_engine
 from crosspatch.errors import CrosspatchError, UsageError
 from crosspatch.metrics.latency import alternate
 from crosspatch.processor import processor, usable_cores
@@ -58,7 +58,7 @@ def choose(bundle: Bundle, batch: int = 1, engines: Sequence[str] = ENGINES) -> 
 
 def open_bundle(
     bundle: Bundle, engine: str = "auto", threads: int | None = None, batch: int = 1
-) -> Engine:
+) -> BundleEngine:
     """The engine that `engine` names for a bundle. Raises UsageError for what
     cannot be had here, DataError for a damaged file."""
     name, _, precision = engine.partition("-")

@@ -18,7 +18,7 @@ import numpy as np
 from crosspatch.deploy.bundle import check_pictures
 from crosspatch.deploy.engines import Engine
 
-GAIN = 0.95
+GAIN = 0.9
 """A larger batch is worth it where a picture takes at most this share of the time it takes in the
 one before: a batch delays the first of its pictures for the last."""
 LONGEST = 0.25  # seconds that one batch may take

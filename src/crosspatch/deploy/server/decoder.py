@@ -31,9 +31,10 @@ from crosspatch.data.decode import FORMATS, UnreadableImage, decode, read_header
 from crosspatch.data.preprocess import Preprocess
 
 MB = 1 << 20
-MEMORY = 288 * MB
-"""Address space that one picture may take in its process: 40 million pixels with an alpha channel
-(160 MB) and the same without it (120 MB), as Pillow holds them."""
+MEMORY = 272 * MB
+"""Address space that one picture may take in its process: 40 million pixels take 160 MB as Pillow
+holds RGB, and 40 to 80 MB more where they come as grey or a palette. Those with transparency take
+twice 160 MB, so of them about 32 million fit."""
 REQUEST = struct.Struct("<QB")
 """Bytes of the picture that follows; 1 where the model's input is wanted as a PNG, too."""
 REPLY = struct.Struct("<BIIBd32sQQ")
@@ -128,8 +129,8 @@ def _reply(body: bytes, seen: bool, preprocess: Preprocess, limits: Limits) -> t
         try:
             found = fit(body, preprocess, limits)
         except MemoryError as error:
-            raise _unreadable("it takes more memory than one picture may") from error
-        first: Any = memoryview(found.pixels).cast("B")
+            raise _unreadable("memory") from error
+        first: Any = found.pixels.data.cast("B")
         second = as_png(found.pixels) if seen else b""
         said = (0, found.width, found.height, FORMATS.index(found.format))
     except Unfit as error:

@@ -201,7 +201,7 @@ class Service:
         self.bundle = read_bundle(self._path)
         self.info = self.bundle.info
         self.engine = open_bundle(self.bundle, self._engine_name, self._threads)
-        self.explains = self.info.explains and hasattr(self.engine, "explain")
+        self.explains = self.info.explains
         check_answers(self.bundle, self.engine)
         economy = measure(self.engine, self.info.preprocess.size, 1 if self._batch else BATCH)
         best, self._compute = economy.best
@@ -312,7 +312,7 @@ class Service:
         """In the engine's thread: a batch through the engine."""
         images = np.stack([job.pixels for job in jobs])
         if self.explains and any(job.ask.explain for job in jobs):
-            return self.engine.explain(images)  # type: ignore[attr-defined]
+            return self.engine.explain(images)
         return self.engine.run(images), None
 
     def _computed(

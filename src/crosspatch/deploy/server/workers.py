@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -141,7 +141,7 @@ class Worker:
             pixels = np.empty((*self._size, 3), np.uint8)
             if first != pixels.nbytes:
                 raise Gone(0)
-            await self._read(memoryview(pixels).cast("B"))
+            await self._read(pixels.data.cast("B"))
             png = bytes(await self._read(bytearray(second))) if second else None
         return Decoded(pixels, width, height, FORMATS[kind], digest.hex(), seconds, png)
 
@@ -282,7 +282,8 @@ class Workers:
                 self._buried(gone.status)
                 slow = gone.status == -signal.SIGPROF
                 job.refused(refusals.too_slow() if slow else refusals.decoder_died())
-                worker.close()
+                worker.kill()
+                await worker.gone
                 return
             except TimeoutError:
                 job.refused(refusals.too_slow())
@@ -305,7 +306,7 @@ class Workers:
                     return job
             free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._idle.append(free)
-            wake: Callable[[Any], None] = lambda _, free=free: free.done() or free.set_result(None)
+            wake = partial(_settle, free)
             worker.gone.add_done_callback(wake)
             try:
                 await free
@@ -335,3 +336,8 @@ def _environment() -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
     }
+
+
+def _settle(free: asyncio.Future[None], _: object) -> None:
+    if not free.done():
+        free.set_result(None)
