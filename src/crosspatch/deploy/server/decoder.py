@@ -53,7 +53,7 @@ class Limits:
     pixels: int = 40_000_000
     side: int = 12_000
     formats: tuple[str, ...] = ("JPEG", "PNG", "WebP", "BMP")
-    seconds: float = 1.7
+    seconds: float = 1.5
     memory: int = MEMORY
 
 

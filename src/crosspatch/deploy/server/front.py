@@ -66,6 +66,7 @@ class Front:
         reply = Reply(send, exchange, self)
         body: Body | None = None
         try:
+            reply.unread = True  # of a head that makes no sense nobody knows what follows
             head = exchange.head = self._head(scope)
             reply.unread = head.announces
             method = self._admit(scope, head)

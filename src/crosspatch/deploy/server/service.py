@@ -153,7 +153,7 @@ class Service:
         pixels: int = 40_000_000,
         side: int = 12_000,
         formats: Sequence[str] = ("JPEG", "PNG", "WebP", "BMP"),
-        decode_seconds: float = 1.7,
+        decode_seconds: float = 1.5,
         threshold: float | None = None,
         observe: Observe | None = None,
         patience: float = PATIENCE,

@@ -33,8 +33,9 @@ from crosspatch.deploy.server.decoder import OUTCOMES, READY, REPLY, REQUEST, Li
 from crosspatch.deploy.server.refusals import Refused
 from crosspatch.errors import DataError
 
-PATIENCE = 2.5
-"""Seconds by the clock that a picture may take, for each second of processor time that it may."""
+PATIENCE = 1.15
+"""Seconds by the clock that a picture may take, for each second of processor time that it may: on a
+busy machine, too, every request is answered within 2 s."""
 STARTING = 20.0  # seconds that a process may take to start on a machine that is busy
 PAUSE = 0.5  # seconds before the next try, where a process ended before it was ready
 DEATHS, MINUTE = 3, 60.0
@@ -120,6 +121,10 @@ class Worker:
         except RuntimeError:  # the loop is closed: nobody asks any more
             return
 
+    async def end(self) -> int:
+        """Waits for its end; gives the status, negative for a signal."""
+        return await asyncio.shield(self.gone)  # who waits may be cancelled, the future may not
+
     async def ready(self) -> None:
         """Waits until it takes pictures. Raises Gone, TimeoutError."""
         async with asyncio.timeout(STARTING):
@@ -152,7 +157,7 @@ class Worker:
             for part in parts:
                 await loop.sock_sendall(self._socket, part)
         except OSError:
-            raise Gone(await self.gone) from None
+            raise Gone(await self.end()) from None
 
     async def _read(self, into: Any) -> Any:
         """Fills `into` from the socket and gives it back. Raises Gone at its end."""
@@ -164,7 +169,7 @@ class Worker:
                     raise ConnectionResetError
                 rest = rest[count:]
         except OSError:
-            raise Gone(await self.gone) from None
+            raise Gone(await self.end()) from None
         return into
 
     def close(self) -> None:
@@ -246,7 +251,7 @@ class Workers:
             if not worker.gone.done():
                 worker.kill()
         for worker in alive:
-            await worker.gone
+            await worker.end()
         self._alive.clear()
 
     async def _tend(self, worker: Worker) -> None:
@@ -265,7 +270,7 @@ class Workers:
                 await worker.ready()
             except (Gone, TimeoutError):
                 worker.kill()
-                await worker.gone
+                await worker.end()
                 self._alive.discard(worker)
                 self._deaths.append(time.monotonic())
                 await asyncio.sleep(PAUSE)
@@ -283,12 +288,12 @@ class Workers:
                 slow = gone.status == -signal.SIGPROF
                 job.refused(refusals.too_slow() if slow else refusals.decoder_died())
                 worker.kill()
-                await worker.gone
+                await worker.end()
                 return
             except TimeoutError:
                 job.refused(refusals.too_slow())
                 worker.kill()
-                await worker.gone
+                await worker.end()
                 return
             if isinstance(found, Refused):
                 job.refused(found)
