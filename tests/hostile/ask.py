@@ -40,7 +40,7 @@ class Request(NamedTuple):
     def send(self, server: Server) -> Reply:
         if self.act is not None:
             return self.act(server)
-        return talk(server.port, self.parts(), until_closed=1.0 if self.closes else 0.0)
+        return talk(server.port, self.parts(), until_closed=3.0 if self.closes else 0.0)
 
 
 def field(name: str, data: bytes, file: str | None = None, kind: str = "image/png") -> bytes:

@@ -16,8 +16,10 @@ from hostile.talk import Reply
 from support.bundles import write_bundle
 from support.hostile import picture, saved
 
-SLOW = "1.5"
+SLOW = "1.2"
 """Seconds in which a request must have come, of the server under test; 8 of a user's."""
+PLACES = "32"
+"""Of its queue."""
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +30,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(bundle: Path) -> Iterator[Server]:
     """A server with one engine thread and two decoders, whose clients must be quick."""
-    with Server(bundle, bundle.with_name("log.jsonl"), *OPTIONS, **ENVIRONMENT) as running:
+    program = ("-m", "hostile.quick", SLOW, PLACES)
+    with Server(bundle, bundle.with_name("log.jsonl"), *OPTIONS, program=program) as running:
         for _ in range(5):
             assert running.ask(GOOD).status == 200
         running.idle = running.memory()  # type: ignore[attr-defined]
@@ -45,7 +48,6 @@ def answer(bundle: Path) -> Callable[[bytes], np.ndarray]:
 
 GOOD = saved(picture("discs", 11), "PNG")
 OPTIONS: tuple[str, ...] = ("--engine", "onnxruntime", "--threads", "1", "--workers", "2")
-ENVIRONMENT: dict[str, str] = {}
 
 
 def probabilities(reply: Reply, classes: tuple[str, ...] = ("red", "green", "blue")) -> np.ndarray:

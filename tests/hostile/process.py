@@ -22,29 +22,37 @@ STARTING = 60.0  # seconds, on a machine that does other things, too
 class Server:
     """A server as a user starts it. port: where it listens; log: the file it writes its lines to.
 
-    Raises RuntimeError with what it printed when it does not become ready.
+    program: what Python runs; taskset: the processors it may use, as `taskset` takes them. Raises
+    RuntimeError with what it printed when it does not become ready.
     """
 
-    def __init__(self, bundle: Path, log: Path, *options: str, taskset: str = "", **env: str):
-        words = [sys.executable, "-m", "crosspatch", "serve", str(bundle), "--port", "0", "--json"]
-        words = [*(["taskset", "-c", taskset] if taskset else []), *words, *options]
+    def __init__(
+        self,
+        bundle: Path,
+        log: Path,
+        *options: str,
+        program: Sequence[str] = ("-m", "crosspatch"),
+        taskset: str = "",
+    ) -> None:
+        words = [sys.executable, *program, "serve", str(bundle), "--port", "0", "--json", *options]
+        words = [*(["taskset", "-c", taskset] if taskset else []), *words]
         self.log = log
         with log.open("wb") as stream:
-            self.process = subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=stream, env=os.environ | env
-            )
+            self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=stream)
         self.port = self._started()
 
     def _started(self) -> int:
         assert self.process.stdout is not None
         timer = threading.Timer(STARTING, self.process.kill)
         timer.start()
-        line = self.process.stdout.readline()
+        said = b""
+        while not said.rstrip().endswith(b"}") and (line := self.process.stdout.readline()):
+            said += line
         timer.cancel()
-        if not line:
+        if not said:
             self.process.wait()
             raise RuntimeError(f"the server did not start: {self.log.read_text()[-2000:]}")
-        self.ready = json.loads(line)
+        self.ready = json.loads(said)
         return int(self.ready["address"].rstrip("/").rpartition(":")[2])
 
     def ask(self, body: bytes, *headers: str, **how) -> Reply:
