@@ -8,7 +8,9 @@ kept alive and used again as browsers and proxies do; where none is free a new o
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +25,8 @@ LOST = 0
 
 class Sent(NamedTuple):
     """One request. picture: its place among the given ones; meant, sent, done: seconds of one
-    clock; status: of HTTP, or LOST; body: what was answered."""
+    clock; status: of HTTP, or LOST; body: what was
+    answered, or why nothing was."""
 
     picture: int
     meant: float
@@ -63,7 +66,7 @@ class Line(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
-        self._tell((LOST, b""))
+        self._tell((LOST, b"the connection ended without an answer"))
 
     def _tell(self, answer: tuple[int, bytes]) -> None:
         waiting, self.waiting = self.waiting, None
@@ -90,8 +93,8 @@ class Client:
         try:
             async with asyncio.timeout(PATIENCE):
                 status, body = await self._answer(picture)
-        except (TimeoutError, OSError):
-            status, body = LOST, b""
+        except (TimeoutError, OSError) as problem:
+            status, body = LOST, repr(problem).encode()
         one = Sent(picture, meant, sent, time.perf_counter(), status, body)
         self.sent.append(one)
         return one
@@ -127,19 +130,46 @@ def request(picture: bytes, target: str = "/predict") -> bytes:
     return f"{head}Content-Length: {len(picture)}\r\n\r\n".encode() + picture
 
 
-async def open_loop(client: Client, rate: float, seconds: float, seed: int = 0) -> list[Sent]:
-    """`rate` requests a second on average, at times that do not depend on answers."""
-    rng = np.random.default_rng(seed)
-    gaps = rng.exponential(1 / rate, int(rate * seconds * 1.5) + 20)
+class Plan(NamedTuple):
+    """What one process sends. start: seconds of the clock that all processes share; rate: requests
+    a second on average; seconds: for how long; core: the processor it may use."""
+
+    port: int
+    pictures: list[bytes]
+    target: str
+    start: float
+    rate: float
+    seconds: float
+    seed: int
+    core: int
+
+
+async def open_loop(client: Client, plan: Plan) -> list[Sent]:
+    """Requests at times that do not depend on answers."""
+    rng = np.random.default_rng(plan.seed)
+    gaps = rng.exponential(1 / plan.rate, int(plan.rate * plan.seconds * 1.5) + 20)
     times = np.cumsum(gaps)
-    times = times[times < seconds]
+    times = times[times < plan.seconds]
     chosen = rng.integers(0, len(client.requests), len(times)).tolist()
-    start, tasks = time.perf_counter() + 0.05, []
-    for at, picture in zip((times + start).tolist(), chosen, strict=True):
+    tasks = []
+    for at, picture in zip((times + plan.start).tolist(), chosen, strict=True):
         pause = at - time.perf_counter()
         await asyncio.sleep(max(0.0, pause))  # also where it is late: answers must be read
         tasks.append(asyncio.create_task(client.send(picture, at)))
     return list(await asyncio.gather(*tasks))
+
+
+def carried_out(plan: Plan) -> list[Sent]:
+    """A plan, in a process of its own."""
+    os.sched_setaffinity(0, [plan.core])
+    client = Client(plan.port, plan.pictures, plan.target)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    sent = run(lambda: open_loop(client, plan))
+    client.close()
+    gc.enable()
+    return sent
 
 
 async def closed_loop(client: Client, clients: int, seconds: float) -> list[Sent]:
@@ -165,11 +195,9 @@ def run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         return runner.run(work())
 
 
-def rate_of(sent: Sequence[Sent], status: int = 200) -> float:
-    """Answers of a status per second, from the first that was to be sent to the last that was."""
-    chosen = [one for one in sent if one.status == status]
-    span = max(one.meant for one in sent) - min(one.meant for one in sent)
-    return len(chosen) / max(span, 1e-9)
+def goodput(sent: Sequence[Sent], start: float, seconds: float) -> float:
+    """Good answers a second that had come by the end: later ones do not count."""
+    return sum(one.status == 200 and one.done <= start + seconds for one in sent) / seconds
 
 
 def parsed(sent: Sequence[Sent]) -> list[dict[str, Any]]:
@@ -177,7 +205,10 @@ def parsed(sent: Sequence[Sent]) -> list[dict[str, Any]]:
     return [json.loads(one.body) for one in sent if one.status == 200]
 
 
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99 in milliseconds, of which there is at least one value."""
-    values = np.percentile(np.asarray(seconds or [np.nan]) * 1e3, [50, 90, 99])
-    return dict(zip(("p50_ms", "p90_ms", "p99_ms"), values.round(3).tolist(), strict=True))
+def spread(seconds: Sequence[float]) -> dict[str, float | None]:
+    """p50, p90 and p99 in milliseconds; None where there is no value."""
+    names = ("p50_ms", "p90_ms", "p99_ms")
+    if not len(seconds):
+        return dict.fromkeys(names)
+    values = np.percentile(np.asarray(seconds) * 1e3, [50, 90, 99])
+    return dict(zip(names, values.round(3).tolist(), strict=True))

@@ -28,7 +28,7 @@ from typing import Any
 
 import load
 import numpy as np
-from serving import NEAR, at_rate, bare, capacity, staged
+from serving import NEAR, Sending, at_rate, bare, capacity, staged
 
 from hardware import RESULTS, append
 
@@ -50,8 +50,9 @@ def overhead(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for turn in range(asked.rounds):
                 most = capacity(stage, 2.0)
                 alone = float(np.median(bare(stage)))
-                sent = at_rate(stage, most / 2, asked.seconds, turn)
+                sending = at_rate(stage, most / 2, asked.seconds, turn)
                 alone = (alone + float(np.median(bare(stage)))) / 2
+                sent = sending.sent
                 good = [one for one in sent if one.status == 200]
                 times = [one["timing_ms"] for one in load.parsed(good)]
                 decode = [t["decode"] / 1e3 for t in times]
@@ -60,7 +61,7 @@ def overhead(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {
                     "round": turn,
                     "capacity": round(most, 1),
-                    "rate": round(load.rate_of(sent), 1),
+                    "goodput": round(sending.goodput, 1),
                     "requests": len(sent),
                     "refused": sum(one.status == 503 for one in sent),
                     "wrong": stage.wrong(sent),
@@ -70,7 +71,7 @@ def overhead(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     **_named("queue", [t["queue"] / 1e3 for t in times]),
                     **_named("inside", inside),
                     **_named("outside", outside),
-                    **_named("driver", [one.sent - one.meant for one in sent]),
+                    **_driver(sending),
                     **stage.facts(),
                 }
 
@@ -83,7 +84,8 @@ def overload(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
             before = capacity(stage, 3.0)
             found = {share: at_rate(stage, share * before, asked.seconds, 7) for share in SHARES}
             after = capacity(stage, 3.0)
-            for share, sent in found.items():
+            for share, sending in found.items():
+                sent = sending.sent
                 good = [one.latency for one in sent if one.status == 200]
                 refused = [one.done - one.sent for one in sent if one.status == 503]
                 yield {
@@ -91,14 +93,14 @@ def overload(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "capacity_before": round(before, 1),
                     "capacity_after": round(after, 1),
                     "rate": round(len(sent) / asked.seconds, 1),
-                    "goodput": round(load.rate_of(sent), 1),
-                    "goodput_share": round(load.rate_of(sent) / ((before + after) / 2), 3),
+                    "goodput": round(sending.goodput, 1),
+                    "goodput_share": round(sending.goodput / ((before + after) / 2), 3),
                     "refused_share": round(len(refused) / len(sent), 3),
-                    "other": sum(one.status not in (200, 503) for one in sent),
+                    "other": _others(sent),
                     "wrong": stage.wrong(sent),
                     **_named("accepted", good),
                     **_named("refused", refused),
-                    **_named("driver", [one.sent - one.meant for one in sent]),
+                    **_driver(sending),
                     **stage.facts(),
                 }
 
@@ -154,7 +156,7 @@ def soak(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
             rows, status, wrong = [], Counter[int](), 0
             began = time.perf_counter()
             while (now := time.perf_counter() - began) < asked.minutes * 60:
-                sent = at_rate(stage, rate, 5.0, int(now * 1000))
+                sent = at_rate(stage, rate, 5.0, int(now)).sent
                 status.update(one.status for one in sent)
                 wrong += stage.wrong(sent)
                 worst = max(one.latency for one in sent)
@@ -221,8 +223,20 @@ def _hostile(port: int, seconds: float, told: Any) -> None:
     told.put({"sent": sent, "unexpected": unexpected})
 
 
-def _named(name: str, seconds: Sequence[float]) -> dict[str, float]:
+def _named(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
     return {f"{name}_{key}": value for key, value in load.spread(seconds).items()}
+
+
+def _others(sent: Sequence[load.Sent]) -> str:
+    """How often which other status came than 200 and 503, and of lost requests why."""
+    kinds = (one.body.decode() if one.status == load.LOST else one.status for one in sent
+             if one.status not in (200, 503))  # fmt: skip
+    return "; ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
+
+
+def _driver(sending: Sending) -> dict[str, Any]:
+    """How late requests were sent, and whether that leaves the other figures the server's."""
+    return {**_named("driver", sending.delays), "driver_kept_up": sending.kept_up}
 
 
 def _nearest(known: np.ndarray) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -30,12 +31,15 @@ from support.hostile import CLASSES, picture, saved  # noqa: E402
 
 NEAR = 1e-4
 """Largest difference of a probability from the known one: batches add in another order."""
+LATE = 0.01
+"""Seconds: where a hundredth of the requests was sent later than that, the sender was the limit."""
 PACKAGES = ("uvicorn", "fastapi", "onnxruntime", "openvino", "pillow")
 
 
 class Stage(NamedTuple):
     """What is measured: a model's name, its server, and the pictures with their known answers.
-    server_cores, client_cores: processors that each may use; engine: the same as the server's."""
+    server_cores, client_cores: processors that each may use; engine: the same as the server's;
+    senders: a process for each of the client's; machine: what stands beside every figure."""
 
     name: str
     server: Server
@@ -46,6 +50,8 @@ class Stage(NamedTuple):
     size: tuple[int, int]
     server_cores: list[int]
     client_cores: list[int]
+    senders: Any
+    machine: dict[str, str]
 
     @property
     def shared(self) -> str:
@@ -53,9 +59,12 @@ class Stage(NamedTuple):
         both = sorted(set(self.server_cores) & set(self.client_cores))
         return ",".join(map(str, both)) or "none"
 
+    @property
+    def target(self) -> str:
+        return f"/predict?top_k={len(self.classes)}"
+
     def client(self) -> load.Client:
-        target = f"/predict?top_k={min(len(self.classes), 1000)}"
-        return load.Client(self.server.port, self.pictures, target)
+        return load.Client(self.server.port, self.pictures, self.target)
 
     def facts(self) -> dict[str, Any]:
         """The columns that say what was measured where."""
@@ -65,7 +74,7 @@ class Stage(NamedTuple):
             "server_cores": len(self.server_cores),
             "client_cores": len(self.client_cores),
             "shared_cores": self.shared,
-            **facts(*PACKAGES),
+            **self.machine,
         }
 
     def wrong(self, sent: Sequence[load.Sent]) -> int:
@@ -76,7 +85,7 @@ class Stage(NamedTuple):
         said = {p["class"]: p["probability"] for p in json.loads(one.body)["predictions"]}
         found = np.array([said.get(name, np.nan) for name in self.classes])
         return bool(np.nanmax(np.abs(found - self.known[one.picture]), initial=0) < NEAR) and (
-            len(said) == min(len(self.classes), 1000)
+            len(said) == len(self.classes)
         )
 
 
@@ -118,7 +127,7 @@ def staged(asked: argparse.Namespace, model: str, count: int, *options: str) -> 
     servers = all_cores if few else all_cores[: -asked.client_cores]
     bundle = bundle_of(model, asked.work)
     opened = read_bundle(bundle)
-    pictures = drawn(count)
+    pictures, machine = drawn(count), facts(*PACKAGES)  # before this process has fewer cores
     os.sched_setaffinity(0, servers)  # threads of the engine inherit it
     try:
         pinned = ",".join(map(str, servers))
@@ -130,9 +139,11 @@ def staged(asked: argparse.Namespace, model: str, count: int, *options: str) -> 
             known = predictor.predict(pictures, batch=1).probs
             os.sched_setaffinity(0, clients)
             size = opened.info.preprocess.size
-            yield Stage(
-                model, server, engine, pictures, known, predictor.classes, size, servers, clients
-            )
+            with multiprocessing.get_context("spawn").Pool(len(clients)) as senders:
+                yield Stage(
+                    model, server, engine, pictures, known, predictor.classes, size, servers,
+                    clients, senders, machine,
+                )  # fmt: skip
     finally:
         os.sched_setaffinity(0, all_cores)
 
@@ -141,18 +152,47 @@ def capacity(stage: Stage, seconds: float) -> float:
     """Good answers a second at most, of as many clients as bring out most."""
     best = 0.0
     for clients in (4, 8, 16, 32):
-        client = stage.client()
+        client, start = stage.client(), time.perf_counter()
         sent = load.run(lambda c=client, n=clients: load.closed_loop(c, n, seconds))
         client.close()
-        best = max(best, load.rate_of(sent))
+        best = max(best, load.goodput(sent, start, seconds))
     return best
 
 
-def at_rate(stage: Stage, rate: float, seconds: float, seed: int) -> list[load.Sent]:
-    client = stage.client()
-    sent = load.run(lambda: load.open_loop(client, rate, seconds, seed))
-    client.close()
-    return sent
+class Sending(NamedTuple):
+    """What was sent at a rate. start: of the clock; seconds: for how long."""
+
+    sent: list[load.Sent]
+    start: float
+    seconds: float
+
+    @property
+    def goodput(self) -> float:
+        return load.goodput(self.sent, self.start, self.seconds)
+
+    @property
+    def delays(self) -> list[float]:
+        """Seconds that requests were sent too late by those who measure."""
+        return [one.sent - one.meant for one in self.sent]
+
+    @property
+    def kept_up(self) -> bool:
+        """Whether those who measure were fast enough for the figures to be the server's."""
+        return float(np.percentile(self.delays, 99)) < LATE
+
+
+def at_rate(stage: Stage, rate: float, seconds: float, seed: int) -> Sending:
+    """Requests by as many processes as there are processors for it, at a rate all together."""
+    cores, start = stage.client_cores, time.perf_counter() + 0.5
+    plans = [
+        load.Plan(
+            stage.server.port, stage.pictures, stage.target, start, rate / len(cores), seconds,
+            1000 * seed + place, core,
+        )
+        for place, core in enumerate(cores)
+    ]  # fmt: skip
+    found = stage.senders.map(load.carried_out, plans)
+    return Sending([one for part in found for one in part], start, seconds)
 
 
 def bare(stage: Stage, seconds: float = 3.0) -> list[float]:
