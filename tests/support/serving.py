@@ -185,7 +185,9 @@ def picture(colour: tuple[int, int, int] = (200, 30, 10), kind: str = "PNG") -> 
 
 @contextmanager
 def running(service: Any, **options: Any) -> Iterator[Running]:
-    """A server around `service`, which is started if it can be; options of `create_app`."""
+    """A server around `service`, which is started if it can be; options of `create_app`, and the
+    page."""
+    page = options.pop("page", PAGE)
     listener, ready = bind("127.0.0.1", 0), threading.Event()
     found: dict[str, Any] = {}
 
@@ -193,7 +195,7 @@ def running(service: Any, **options: Any) -> Iterator[Running]:
         found["loop"] = asyncio.get_running_loop()
         if hasattr(service, "start"):
             await service.start()
-        front = create_app(service, PAGE, **options)
+        front = create_app(service, page, **options)
         found["server"], found["front"] = Server(front, ready.set), front
         await found["server"].serve([listener])
         if hasattr(service, "stop"):

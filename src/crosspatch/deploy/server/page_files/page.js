@@ -17,6 +17,10 @@
   const percent = (p) => `${(100 * p).toFixed(1)} %`;
   const inWords = (p) => p >= 0.99 ? 'almost certain' : p >= 0.9 ? 'very likely'
     : p >= 0.7 ? 'likely' : p >= 0.4 ? 'perhaps' : 'hardly more than a guess';
+  const sentence = (text) => {
+    const all = clean(text).trim();
+    return all && all[0].toUpperCase() + all.slice(1) + (/[.!?]$/.test(all) ? '' : '.');
+  };
   const milliseconds = (x) => `${x < 10 ? x.toFixed(1) : Math.round(x)} ms`;
   const bytes = (n) => n >= 1e6 ? `${+(n / 1e6).toFixed(1)} MB` : n >= 1e3 ? `${Math.round(n / 1e3)} kB` : `${n} B`;
   const list = (names) => names.length < 2 ? names.join('') : `${names.slice(0, -1).join(', ')} and ${names[names.length - 1]}`;
@@ -63,7 +67,7 @@
       info = await ask('info');
     } catch (problem) {
       if (problem.status === 401) return lock();
-      say(`${problem.message} ${problem.hint}`);
+      say(`${sentence(problem.message)} ${sentence(problem.hint)}`);
       return false;
     }
     $('door').hidden = true;
@@ -81,7 +85,7 @@
       ['Classes', info.classes.slice(0, 200).map((name) => short(name, 60)).join(', ')
         + (info.classes.length > 200 ? ` and ${info.classes.length - 200} more` : '')],
       ['Names', several ? 'any number of classes to a picture' : 'one class to a picture'],
-      ['Not sure', `below a confidence of ${percent(info.threshold)}`],
+      ['Not sure', `below a confidence of ${percent(info.threshold)}. Confidence is about the classes alone: a picture of something else may get a high one, too.`],
       ['Computed by', `${info.engine}, ${info.precision}, ${info.threads} thread${info.threads === 1 ? '' : 's'}`],
       ['Bundle', info.bundle],
       ['crosspatch', info.version],
@@ -240,14 +244,13 @@
     const again = make('button', 'quiet', 'Try again');
     again.type = 'button';
     again.addEventListener('click', () => { queue(card); });
-    const message = clean(problem.message);
-    box.append(make('p', 'badly', message.charAt(0).toUpperCase() + message.slice(1)));
-    if (problem.hint) box.append(make('p', '', clean(problem.hint)));
+    box.append(make('p', 'badly', sentence(problem.message)));
+    if (problem.hint) box.append(make('p', '', sentence(problem.hint)));
     if (problem.code) box.append(make('p', 'soft',
       `${problem.status} ${clean(problem.code)}${problem.id ? `, request ${clean(problem.id)}` : ''}`));
     told.append(box, again);
     card.body.replaceChildren(original(card), told);
-    say(`${card.name}: ${message} ${clean(problem.hint)}`);
+    say(`${card.name}: ${sentence(problem.message)} ${sentence(problem.hint)}`);
   }
 
   function show(card, found, took) {
@@ -262,12 +265,12 @@
       shown.append(figure);
       if (found.patches?.length) looked = looking(found, frame, img);
     }
-    const sentence = verdict(found, told);
+    const answered = verdict(found, told);
     told.append(bars(found));
     if (looked) told.append(looked);
     told.append(timing(found, took));
     card.body.replaceChildren(shown, told);
-    say(`${card.name}: ${sentence}`);
+    say(`${card.name}: ${answered}`);
   }
 
   function verdict(found, told) {
@@ -278,7 +281,7 @@
       : `${name}: ${inWords(best.probability)}, ${percent(best.probability)}`;
     told.append(make('p', 'verdict', words));
     if (!found.abstain) {
-      if (!several) told.append(make('p', 'mark good', '\u2713 sure'));
+      if (!several) told.append(make('p', 'mark good', `\u2713 sure: at or above ${percent(found.threshold)}`));
       return `${words}.`;
     }
     const box = make('div', 'finding warn');
