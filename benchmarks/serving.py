@@ -29,7 +29,7 @@ from hostile.process import Server  # noqa: E402
 
 from support.hostile import CLASSES, picture, saved  # noqa: E402
 
-NEAR = 1e-4
+NEAR = 2e-5
 """Largest difference of a probability from the known one: batches add in another order."""
 LATE = 0.01
 """Seconds: where a hundredth of the requests was sent later than that, the sender was the limit."""
