@@ -68,15 +68,10 @@ def head(*lines: str, method: str = "POST /predict HTTP/1.1") -> bytes:
 
 def lengthless(data: bytes, size: int) -> Iterator[bytes]:
     """A chunked request of `data` in chunks of `size`."""
+    parts = (data[at : at + size] for at in range(0, len(data), size))
+    body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
     yield head("Content-Type: image/png", "Transfer-Encoding: chunked")
-    if size == 1:
-        chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in data)
-        yield from (chunks[at : at + (1 << 16)] for at in range(0, len(chunks), 1 << 16))
-    else:
-        for at in range(0, len(data), size):
-            part = data[at : at + size]
-            yield b"%x\r\n" % len(part) + part + b"\r\n"
-    yield b"0\r\n\r\n"
+    yield body
 
 
 def endless(total: int) -> Iterator[bytes]:

@@ -9,7 +9,9 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
+from hostile import made
 from hostile.ask import (
     BYTES,
     GOOD,
@@ -163,26 +165,33 @@ def _slow() -> Iterator[Request]:
     )
 
 
-def _leaving(server: Server, wait: float, count: int = 8) -> Reply:
+def _leaving(server: Server, picture: bytes, wait: float, count: int) -> Reply:
     """Clients that send a picture and are gone after `wait` seconds by a reset; then a good one."""
-    for _ in range(count):
-        line = socket.create_connection(("127.0.0.1", server.port))
+    lines = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(count)]
+    for line in lines:
         line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        line.sendall(post(GOOD))
-        time.sleep(wait)
+        line.sendall(post(picture))
+    time.sleep(wait)
+    for line in lines:
         line.close()
     return talk(server.port, post(GOOD))
 
 
 def _gone() -> Iterator[Request]:
-    for name, wait in (("queued", 0.0), ("computing", 0.002), ("decoding", 0.001)):
+    slow = made.many_scans(3160, 300)  # 0.2 s to decode: thirty of them are 3 s of two decoders
+    for name, picture, wait, count in (
+        ("queued", slow, 0.2, 30),
+        ("decoding", slow, 0.05, 1),
+        ("computing", GOOD, 0.002, 8),
+        ("sending", GOOD, 0.0, 8),
+    ):
         yield Request(
             40,
             f"gone while {name}",
             bytes,
             (200,),
-            "a place is free again",
-            act=lambda server, wait=wait: _leaving(server, wait),
+            "the places of those who left are free at once",
+            act=partial(_leaving, picture=picture, wait=wait, count=count),
         )
 
 
