@@ -65,7 +65,7 @@ def serve(
     sure: Annotated[float | None, Parameter(converter=_share, metavar="SHARE")] = None,
     max_wait_ms: Annotated[float, Parameter(converter=_wait, metavar="MS")] = 0.0,
     batch_api: bool = False,
-    log: Annotated[str | None, Parameter(metavar="FILE|-")] = None,
+    log: Annotated[str | None, Parameter(metavar="FILE|-", allow_leading_hyphen=True)] = None,
     quiet: bool = False,
     output: Output | None = None,
 ) -> int:
@@ -81,8 +81,7 @@ def serve(
     host
         An address to listen on; 0.0.0.0 makes it reachable for others.
     token
-        What requests must bring as Authorization: Bearer TOKEN. CROSSPATCH_TOKEN in the environment
-        does the same unseen.
+        What requests must bring as Authorization: Bearer TOKEN (or CROSSPATCH_TOKEN, unseen).
     engine
         What computes. auto: the fastest that is installed, measured once per machine.
     threads
@@ -90,8 +89,7 @@ def serve(
     workers
         Processes that decode pictures (left alone: by the number of cores).
     sure
-        Below this confidence an answer says that it is not sure (left alone: what the bundle
-        says, else 0.5).
+        Below this confidence an answer is "not sure" (left alone: the bundle's, else 0.5).
     max_wait_ms
         How long a picture may wait for others to be computed with.
     batch_api

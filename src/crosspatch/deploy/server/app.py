@@ -39,12 +39,12 @@ def _digits(value: Any) -> Any:
 
 
 Number = BeforeValidator(_digits)
-TopK = Annotated[int, Number, Query(ge=1, le=MOST, description="how many classes")]
-Switch = Annotated[int, Number, Query(ge=0, le=1)]
+TopK = Annotated[int, Query(ge=1, le=MOST, description="how many classes"), Number]
+Switch = Annotated[int, Query(ge=0, le=1), Number]
 Patience = Annotated[
-    int | None,
+    int,
+    Header(alias="X-Timeout-Ms", ge=1, le=60_000, description="after this the answer is of no use"),
     Number,
-    Header(alias="X-Timeout-Ms", ge=1, le=60_000, description="when the answer is of no use"),
 ]
 
 
@@ -82,12 +82,12 @@ def create_app(
         log=log or Log(None),
     )  # fmt: skip
     _errors(app)
+    _predict(app, front)  # first: paths are tried in this order
     _states(app, front)
     _documents(app, front, page, batch_api)
-    _predict(app, front)
     if batch_api:
         _batch(app, front)
-    made = openapi.finished(app.openapi(), token is not None)
+    made = openapi.finished(app.openapi(), token is not None, service.explains)
     described = json.dumps(made).encode()
 
     @app.get("/openapi.json", include_in_schema=False)
@@ -247,14 +247,14 @@ def _predict(app: FastAPI, front: Front) -> None:
         "/predict",
         response_model=openapi.Prediction,
         responses=openapi.errors(*openapi.ASKING, token=front.token is not None),
-        openapi_extra=openapi.one_body(),
+        openapi_extra=openapi.one_body(service.explains),
     )
     async def predict(
         request: Request,
         top_k: TopK = TOP,
         explain: Switch = 0,
         seen: Switch = 0,
-        timeout: Patience = None,
+        timeout: Patience = limits.timeout_ms,
     ) -> Response:
         """Name the class of one picture."""
         _known(request, "top_k", "explain", "seen")
@@ -262,7 +262,7 @@ def _predict(app: FastAPI, front: Front) -> None:
         body, beside = asking.picture_of(exchange, limits)
         chosen = {"top_k": top_k, "explain": explain, "seen": seen} | beside
         _asked(service, chosen["explain"])
-        until = asking.deadline(exchange, timeout or limits.timeout_ms)
+        until = asking.deadline(exchange, timeout)
         given = Ask(body, chosen["top_k"], bool(chosen["explain"]), bool(chosen["seen"]), until)
         answer = await asking.ask(service, exchange, given)
         exchange.told = asking.told(answer)
@@ -280,7 +280,7 @@ def _batch(app: FastAPI, front: Front) -> None:
         openapi_extra=openapi.many_body(limits),
     )
     async def predict_batch(
-        request: Request, top_k: TopK = TOP, timeout: Patience = None
+        request: Request, top_k: TopK = TOP, timeout: Patience = limits.timeout_ms
     ) -> Response:
         """Name the classes of several pictures; one that cannot be read fails alone."""
         _known(request, "top_k")
@@ -288,8 +288,8 @@ def _batch(app: FastAPI, front: Front) -> None:
         kind = exchange.head.fields[b"content-type"]
         pictures = form_pictures(kind, exchange.body, limits.batch) if exchange.body else []
         if not pictures:
-            raise Refused("empty", "there is no picture in the request", "curl -F a=@one.jpg")
-        until = asking.deadline(exchange, timeout or limits.timeout_ms)
+            raise Refused("empty", "there is no picture in the request", "curl -F image=@one.jpg")
+        until = asking.deadline(exchange, timeout)
         asks = [Ask(one, top_k, deadline=until) for one in pictures]
         found = await asking.ask_all(service, exchange, asks)
         rows = [

@@ -115,6 +115,8 @@ def _number(name: str, value: Any) -> int:
     low, high = known[name]
     if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
         value = int(value)
+    if isinstance(value, float) and value.is_integer():  # to JSON, 3.0 is the number 3
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise Refused("bad_request", f"{name} is out of range", f"a number from {low} to {high}")
     return value

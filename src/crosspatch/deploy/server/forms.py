@@ -120,7 +120,7 @@ def form_pictures(content_type: bytes, body: bytes, most: int) -> list[bytes]:
     """The pictures of a batch, in order. Raises Refused."""
     parts = read_form(content_type, body, most)
     if not parts or any(part.filename is None for part in parts):
-        _bad("a batch is a form of files alone", "curl -F a=@one.jpg -F b=@two.jpg")
+        _bad("a batch is a form of files alone", "curl -F image=@one.jpg -F image=@two.jpg")
     return [part.body for part in parts]
 
 

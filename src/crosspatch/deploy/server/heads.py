@@ -151,7 +151,7 @@ def check_type(head: Head, batch: bool) -> None:
         raise Refused(
             "not_supported",
             "several pictures come as multipart/form-data",
-            "curl -F a=@one.jpg -F b=@two.jpg",
+            "curl -F image=@one.jpg -F image=@two.jpg",
         )
     if head.kind not in (*RAW, FORM, JSON) and not head.kind.startswith("image/"):
         raise Refused(

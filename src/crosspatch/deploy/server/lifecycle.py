@@ -36,6 +36,7 @@ NOTICE = 1.0
 GRACE = 30
 """Seconds for what is under way."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+WAITING = 2048  # connections that wait to be accepted
 FILES = 4096  # open files that a server asks the system for: a connection takes one
 Told = Callable[[str], None]
 
@@ -62,6 +63,14 @@ def bind(host: str, port: int) -> socket.socket:
         made.close()
         raise _no_address(host, port, error) from error
     return made
+
+
+def _listen(listener: socket.socket) -> None:
+    """Raises UsageError where another one has begun to listen meanwhile: uvloop would not say."""
+    try:
+        listener.listen(WAITING)
+    except OSError as error:
+        raise _no_address(*listener.getsockname()[:2], error) from error
 
 
 def _no_address(host: str, port: int, error: OSError) -> UsageError:
@@ -156,12 +165,11 @@ def run(
                 metrics=metrics, log=log,
             )  # fmt: skip
             life.server = Server(front, lambda: ready(service))
+            _listen(listener)
             await life.server.serve([listener])
         except asyncio.CancelledError:
             if life.signal is None:
                 raise
-        except OSError as error:
-            raise _no_address(*listener.getsockname()[:2], error) from error
         finally:
             await service.stop(0.0)
         return 0

@@ -26,8 +26,7 @@ class Limits:
     once), head (request line and headers). Numbers: fields (headers), parts (of a form), batch
     (pictures of a batch), pieces (that a body may come in), connections. Seconds: head_seconds,
     body_seconds (to receive them), idle (between requests), linger (to hear out a refused one).
-    Milliseconds: timeout_ms (for an answer, where nothing is asked), longest_ms (that may be asked
-    for)."""
+    timeout_ms: milliseconds for an answer, where a request does not say."""
 
     body: int = 10_000_000
     held: int = 64_000_000
@@ -42,7 +41,6 @@ class Limits:
     idle: int = 5
     linger: float = 1.0
     timeout_ms: int = 10_000
-    longest_ms: int = 60_000
 
 
 class Left(Exception):

@@ -150,17 +150,18 @@ def errors(*statuses: int, token: bool) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def one_body() -> dict[str, Any]:
-    """The body of /predict, in every form that is read."""
+def one_body(explains: bool) -> dict[str, Any]:
+    """The body of /predict, in every form that is read. explains: whether explain may be 1."""
     number = {"type": "integer", "minimum": 0}
     beside = {
         "top_k": number | {"minimum": 1, "maximum": 100_000},
-        "explain": number | {"maximum": 1},
+        "explain": number | {"maximum": int(explains)},
         "seen": number | {"maximum": 1},
     }
     binary = {"schema": {"type": "string", "format": "binary"}}
     form = {"image": {"type": "string", "format": "binary"}, **beside}
-    coded = {"image": {"type": "string", "contentEncoding": "base64", "minLength": 1}, **beside}
+    base64 = {"type": "string", "format": "byte", "contentEncoding": "base64", "minLength": 1}
+    coded = {"image": base64, **beside}
     closed = {"type": "object", "required": ["image"], "additionalProperties": False}
     return {
         "requestBody": {
@@ -181,17 +182,18 @@ def one_body() -> dict[str, Any]:
 def many_body(limits: Limits) -> dict[str, Any]:
     """The body of /predict/batch."""
     picture = {"type": "string", "format": "binary"}
+    pictures = {"type": "array", "minItems": 1, "maxItems": limits.batch, "items": picture}
     return {
         "requestBody": {
             "required": True,
-            "description": f"Up to {limits.batch} picture files under any names.",
+            "description": f"Up to {limits.batch} picture files.",
             "content": {
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
-                        "minProperties": 1,
-                        "maxProperties": limits.batch,
-                        "additionalProperties": picture,
+                        "required": ["image"],
+                        "properties": {"image": pictures},
+                        "additionalProperties": False,
                     }
                 }
             },
@@ -199,8 +201,12 @@ def many_body(limits: Limits) -> dict[str, Any]:
     }
 
 
-def finished(made: dict[str, Any], token: bool) -> dict[str, Any]:
-    """FastAPI's description with the token that is needed, if one is."""
+def finished(made: dict[str, Any], token: bool, explains: bool) -> dict[str, Any]:
+    """FastAPI's description with the token that is needed, if one is, and with what this bundle
+    cannot do."""
+    for one in made["paths"]["/predict"]["post"]["parameters"]:
+        if one["name"] == "explain":
+            one["schema"]["maximum"] = int(explains)
     if token:
         schemes = made.setdefault("components", {}).setdefault("securitySchemes", {})
         schemes["token"] = {"type": "http", "scheme": "bearer"}
