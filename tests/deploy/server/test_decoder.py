@@ -76,6 +76,31 @@ def test_too_many_pixels_are_refused_by_the_header_with_their_number(width, heig
     assert "40,000,000" in refused.value.hint
 
 
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("animated", [False, True])
+def test_the_size_of_a_webp_is_known_before_it_is_opened(lossless, animated) -> None:
+    image = Image.new("RGB", (300, 200), "red")
+    more = {"save_all": True, "append_images": [Image.new("RGB", (300, 200))]} if animated else {}
+    body = saved(image, "WEBP", lossless=lossless, **more)
+    assert fit(body, PREPROCESS, Limits())[1:3] == (300, 200)
+    for limits in (Limits(pixels=59_999), Limits(side=299)):
+        with pytest.raises(Unfit, match="300x200 pixels"):
+            fit(body, PREPROCESS, limits)
+    with pytest.raises(Unfit, match="memory") as refused:
+        fit(body, PREPROCESS, Limits(memory=300 * 200 * 16 - 1))
+    assert refused.value.code == "too_many_pixels"
+    assert fit(body, PREPROCESS, Limits(pixels=60_000, side=300))[1:3] == (300, 200)
+
+
+def test_seventeen_megapixels_of_webp_fit_into_the_memory() -> None:
+    """The most that are let through, so that none fails for want of it."""
+    body = saved(Image.new("RGB", (4100, 4100), "red"), "WEBP")
+    larger = saved(Image.new("RGB", (4300, 4300), "red"), "WEBP")
+    answers, status = talk([body, larger], Limits(seconds=30.0))
+    assert [place for place, _, _ in answers] == [0, 3]
+    assert status == 0
+
+
 def test_formats_are_those_allowed() -> None:
     for name, kind in (("animated.gif", "GIF"), ("int32.tif", "TIFF")):
         with pytest.raises(Unfit, match=f"this is {kind}") as refused:

@@ -408,6 +408,32 @@ def test_of_several_labels_those_over_their_thresholds_are_said(tmp_path) -> Non
     with_service(path, use)
 
 
+def test_scores_of_patches_go_to_those_who_asked_for_them(bundle_file) -> None:
+    async def use(service: Service) -> None:
+        run, explained = service.engine.run, []
+
+        def explain(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            explained.append(len(images))
+            corners = images[:, ::12, ::16, 0].astype(np.float32)  # told apart by the picture
+            return run(images), corners
+
+        bodies = distinct(30)
+        plain = await service.answer(Ask(bodies[0], explain=True))
+        assert plain.patches is None  # this bundle has none
+        service.explains, service.engine.explain = True, explain
+        asks = [Ask(body, explain=place % 3 == 0) for place, body in enumerate(bodies)]
+        answers = await asyncio.gather(*(service.answer(ask) for ask in asks))
+        for place, answer in enumerate(answers):
+            red = 100.0 + place % 25
+            assert answer.patches == (None if place % 3 else [[red, red], [red, red]])
+        assert sum(explained) >= 10
+        before = list(explained)
+        assert (await service.answer(Ask(bodies[1]))).patches is None
+        assert explained == before
+
+    with_service(bundle_file, use, batch=4, queue=40)
+
+
 @pytest.mark.parametrize(
     "given",
     [

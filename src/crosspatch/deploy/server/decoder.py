@@ -35,6 +35,7 @@ MEMORY = 272 * MB
 """Address space that one picture may take in its process: 40 million pixels take 160 MB as Pillow
 holds RGB, and 40 to 80 MB more where they come as grey or a palette. Those with transparency take
 twice 160 MB, so of them about 32 million fit."""
+WEBP = 16  # bytes that Pillow takes for each pixel of a WebP
 REQUEST = struct.Struct("<QB")
 """Bytes of the picture that follows; 1 where the model's input is wanted as a PNG, too."""
 REPLY = struct.Struct("<BIIBd32sQQ")
@@ -83,6 +84,8 @@ def fit(body: bytes, preprocess: Preprocess, limits: Limits) -> Fitted:
     kind = sniff(body[:512])
     if kind not in limits.formats:
         raise _not_supported(kind, limits.formats)
+    if kind == "WebP":
+        _check_webp(body, limits)
     try:
         header = read_header(body, max_pixels=sys.maxsize)
         _check_size(header.width, header.height, limits)
@@ -118,7 +121,35 @@ def _not_supported(kind: str | None, formats: tuple[str, ...]) -> Unfit:
 
 
 def _unreadable(reason: str) -> Unfit:
+    if "memory" in reason:
+        return _too_heavy("unreadable")
     return Unfit("unreadable", f"the picture cannot be read: {reason}", "open it, and save it anew")
+
+
+def _too_heavy(code: str) -> Unfit:
+    return Unfit(
+        code,
+        "the picture takes more memory to decode than one may",
+        "send it with fewer pixels, or as a JPEG",
+    )
+
+
+def _check_webp(body: bytes, limits: Limits) -> None:
+    """Its decoder makes the whole canvas four times over as it opens, and does not say what ailed
+    it: so the sizes in its header are looked at before (RFC 9649, section 2.5 to 2.7)."""
+    kind, head = body[12:16], body[20:30].ljust(10, b"\0")
+    if kind == b"VP8X":
+        width = 1 + int.from_bytes(head[4:7], "little")
+        height = 1 + int.from_bytes(head[7:10], "little")
+    elif kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    else:
+        width = int.from_bytes(head[6:8], "little") & 0x3FFF
+        height = int.from_bytes(head[8:10], "little") & 0x3FFF
+    _check_size(width, height, limits)
+    if WEBP * width * height > limits.memory:
+        raise _too_heavy("too_many_pixels")
 
 
 def _reply(body: bytes, seen: bool, preprocess: Preprocess, limits: Limits) -> tuple[bytes, ...]:
