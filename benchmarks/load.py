@@ -44,7 +44,7 @@ class Line(asyncio.Protocol):
     """A connection that carries one request at a time."""
 
     def __init__(self) -> None:
-        self.got, self.open, self.keep = bytearray(), True, True
+        self.got, self.open, self.keep, self.fresh = bytearray(), True, True, True
         self.waiting: asyncio.Future[tuple[int, bytes]] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -66,7 +66,8 @@ class Line(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
-        self._tell((LOST, b"the connection ended without an answer"))
+        how = "was reset" if exc else "ended"
+        self._tell((LOST, f"{'a new' if self.fresh else 'a used'} connection {how}".encode()))
 
     def _tell(self, answer: tuple[int, bytes]) -> None:
         waiting, self.waiting = self.waiting, None
@@ -105,6 +106,7 @@ class Client:
             loop = asyncio.get_running_loop()
             _, line = await loop.create_connection(Line, "127.0.0.1", self.port)
         answer = await line.ask(self.requests[picture])
+        line.fresh = False
         if line.keep and line.open:
             self.idle.append(line)
         else:

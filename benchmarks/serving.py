@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import load
 import numpy as np
+import psutil
 
 from crosspatch.deploy.bundle import check_pictures, read_bundle
 from crosspatch.deploy.engines import Engine, open_engine
@@ -160,11 +161,13 @@ def capacity(stage: Stage, seconds: float) -> float:
 
 
 class Sending(NamedTuple):
-    """What was sent at a rate. start: of the clock; seconds: for how long."""
+    """What was sent at a rate. start: of the clock; seconds: for how long; busy: seconds of
+    processor time that the server's own process spent meanwhile, its decoders left out."""
 
     sent: list[load.Sent]
     start: float
     seconds: float
+    busy: float
 
     @property
     def goodput(self) -> float:
@@ -191,8 +194,11 @@ def at_rate(stage: Stage, rate: float, seconds: float, seed: int) -> Sending:
         )
         for place, core in enumerate(cores)
     ]  # fmt: skip
+    front = psutil.Process(stage.server.process.pid)
+    before = sum(front.cpu_times()[:2])
     found = stage.senders.map(load.carried_out, plans)
-    return Sending([one for part in found for one in part], start, seconds)
+    busy = sum(front.cpu_times()[:2]) - before
+    return Sending([one for part in found for one in part], start, seconds, busy)
 
 
 def bare(stage: Stage, seconds: float = 3.0) -> list[float]:
