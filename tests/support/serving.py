@@ -89,6 +89,12 @@ class Running(NamedTuple):
     port: int
     front: Any
     service: Any
+    server: Any
+
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return len(self.server.server_state.connections)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -216,7 +222,7 @@ def running(service: Any, **options: Any) -> Iterator[Running]:
         assert ready.wait(60)
         if "error" in found:
             raise found["error"]
-        yield Running(port, found["front"], service)
+        yield Running(port, found["front"], service, found["server"])
     finally:
         if "server" in found:
             found["loop"].call_soon_threadsafe(found["server"]._exit)

@@ -226,6 +226,56 @@ def test_forms_of_another_kind_are_refused(client: Client, body: bytes) -> None:
     assert len(client.post(good, headers=kind).json()["predictions"]) == 2
 
 
+def spoken(
+    client: Client, more: list[tuple[bytes, bytes]], close: bool = True, **scope: Any
+) -> tuple[int, dict]:
+    """Status and JSON of the answer to headers as they are, as no client would send them."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if given:
+            return given.pop()
+        return await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    given = [{"type": "http.request", "body": b"x", "more_body": False}]
+    usual = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"",
+             "http_version": "1.1", "headers": [(b"host", b"localhost"), *more]}  # fmt: skip
+    asyncio.run(client.front(usual | scope, receive, send))
+    assert ((b"connection", b"close") in sent[0]["headers"]) is close
+    return sent[0]["status"], json.loads(b"".join(one.get("body", b"") for one in sent))
+
+
+LENGTH, CHUNKED = (b"content-length", b"1"), (b"transfer-encoding", b"chunked")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([LENGTH, LENGTH], 400), ([LENGTH, CHUNKED], 400), ([CHUNKED, CHUNKED], 400),
+        ([(b"content-length", b"-1")], 400), ([(b"content-length", b"1 ")], 400),
+        ([(b"content-length", b"9" * 16)], 400), ([(b"content-length", b"")], 400),
+        ([(b"transfer-encoding", b"gzip, chunked")], 400), ([(b"host", b"localhost")], 400),
+        ([(b"transfer-encoding", b"chunked, chunked")], 400),
+        ([LENGTH, (b"content-type", b"image/png"), (b"content-type", b"image/png")], 400),
+        ([LENGTH, (b"a", b"b" * 33_000)], 431), ([LENGTH, *[(b"a", b"b")] * 100], 431),
+    ],
+)  # fmt: skip
+def test_no_server_below_is_trusted_with_framing(headers: Any, status: int) -> None:
+    client = Client()
+    assert spoken(client, headers)[0] == status
+    assert client.service.asks == []
+    assert client.front.held.bytes == 0
+
+
+def test_chunks_and_a_missing_host_belong_to_one_version_each() -> None:
+    assert spoken(Client(), [CHUNKED], http_version="1.0")[0] == 400
+    assert spoken(Client(local=False), [], headers=[LENGTH])[0] == 400
+    assert spoken(Client(), [], headers=[LENGTH], http_version="1.0", close=False)[0] == 200
+
+
 @pytest.mark.parametrize(
     ("host", "fine"),
     [
@@ -347,7 +397,7 @@ def test_nothing_that_was_sent_comes_back_raw(client: Client) -> None:
     assert "script" not in told.text
     assert told.headers["x-request-id"] != "mine"
     lines = client.stream.getvalue
-    client.log()
+    assert client.log()[0]["picture"] == hashlib.sha256(b"html").hexdigest()
     assert len(lines().splitlines()) == 2
     assert re.fullmatch(r"[\n -~]*", lines())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 import time
@@ -133,6 +134,56 @@ def test_too_large_is_said_at_once_and_can_be_read(server: Running) -> None:
     good(server)
 
 
+BETWEEN = {
+    "extension": b"1;" + b"a" * 500_000 + b"\r\nx\r\n0\r\n\r\n",
+    "trailer": b"1\r\nx\r\n0\r\nA: " + b"a" * 500_000 + b"\r\n\r\n",
+    "trailers": b"1\r\nx\r\n0\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+    "length": b"0" * 500_000 + b"1\r\nx\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_lies_between_the_pieces_of_a_body_has_a_limit(server: Running, name: str) -> None:
+    with server.connect() as line:
+        head, tail = BETWEEN[name][:1000], BETWEEN[name][1000:]
+        line.sendall(post(head, "Transfer-Encoding: chunked", length=False))
+        for at in range(0, len(tail), 50_000):
+            time.sleep(0.005)
+            line.sendall(tail[at : at + 50_000])
+        (reply,) = replies(line, 1)
+        assert reply.status in (400, 431)
+        assert ended(line)
+    assert server.service.asks == []
+    (fine,) = server.say(post(b"1;a=b\r\nx\r\n0\r\nA: b\r\n\r\n", "Transfer-Encoding: chunked",
+                              length=False))  # fmt: skip
+    assert fine.status == 200
+
+
+def test_a_thousand_requests_at_once_on_one_connection_are_not_kept(server: Running) -> None:
+    with server.connect() as line:
+        line.sendall(get("/livez") * 1000)
+        found = list(replies(line, 1000))
+        assert ended(line)
+    assert 1 <= len(found) <= 20
+    few = server.say(get("/livez") * 10, 10)
+    assert [one.status for one in few] == [200] * 10
+
+
+def test_a_client_that_never_reads_is_cut(quick: Running) -> None:
+    with socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.connect(("127.0.0.1", quick.port))
+        line.settimeout(1)
+        connections = quick.connections
+        for _ in range(3000):
+            try:
+                line.sendall(get("/openapi.json"))
+            except OSError:
+                break
+        until(lambda: quick.connections < connections + 1)
+    good(quick)
+
+
 def test_a_body_in_a_million_pieces_is_cut_short(server: Running) -> None:
     begun = time.process_time()
     (reply,) = server.say(chunked(*[b"x"] * (3 << 20)))
@@ -228,7 +279,15 @@ def leave(line: socket.socket) -> None:
     line.close()
 
 
+def left(one: Running) -> float:
+    """How many requests for pictures ended because their clients left, as /metrics has it."""
+    text = one.say(get("/metrics"))[0].body.decode()
+    found = re.search(r'requests_total\{path="/predict",status="499"\} (\S+)', text)
+    return float(found[1]) if found else 0.0
+
+
 def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
+    before = left(server)
     server.service.gate.clear()
     try:
         for go in (leave, socket.socket.close):
@@ -242,6 +301,7 @@ def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
             until(lambda: server.service.depth == 0)
             until(lambda: server.front.held.bytes == 0)
         assert server.service.gone == 10
+        until(lambda: left(server) == before + 10)
     finally:
         server.service.gate.set()
     good(server)

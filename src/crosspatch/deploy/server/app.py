@@ -264,7 +264,11 @@ def _predict(app: FastAPI, front: Front) -> None:
         _asked(service, chosen["explain"])
         until = asking.deadline(exchange, timeout)
         given = Ask(body, chosen["top_k"], bool(chosen["explain"]), bool(chosen["seen"]), until)
-        answer = await asking.ask(service, exchange, given)
+        try:
+            answer = await asking.ask(service, exchange, given)
+        except Refused as refused:
+            exchange.told = asking.told_refused(refused, body)
+            raise
         exchange.told = asking.told(answer)
         made = asking.prediction(answer, exchange, service.bundle.hash)
         return Response(json.dumps(made, allow_nan=False), media_type="application/json")

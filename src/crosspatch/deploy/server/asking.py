@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import os
 import re
 import time
@@ -19,10 +20,13 @@ from crosspatch.deploy.server.heads import FORM, JSON, Head
 from crosspatch.deploy.server.limits import Left, Limits, Receive
 from crosspatch.deploy.server.refusals import Refused
 from crosspatch.deploy.server.service import Answer, Ask, Service
+from crosspatch.errors import visible
 
 T = TypeVar("T")
 TOP = 5
 """Classes in an answer where nothing is asked."""
+GUILTY = ("unreadable", "too_many_pixels", "not_supported", "decoder_died")
+"""Codes that are about the picture itself."""
 MOST = 100_000
 """Classes that may be asked for; a model gives as many as it has."""
 
@@ -135,6 +139,13 @@ def told(answer: Answer) -> dict[str, Any]:
         "queue_ms": _ms(answer.queue), "decode_ms": _ms(answer.decode),
         "compute_ms": _ms(answer.compute), "batch": answer.batch,
     }  # fmt: skip
+
+
+def told_refused(refused: Refused, body: bytes) -> dict[str, Any]:
+    """What the log says of a picture that is at fault: which one it was."""
+    if refused.code not in GUILTY:
+        return {}
+    return {"picture": hashlib.sha256(body).hexdigest(), "reason": visible(refused.message)[:200]}
 
 
 def told_all(found: list[Answer | Refused]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Front:
     def _head(self, scope: Any) -> Any:
         head = read_head(scope, self.limits)
         if self.local:
-            check_host(head, scope)
+            check_host(head)
         return head
 
     def _admit(self, scope: Any, head: Any) -> str:

@@ -53,6 +53,8 @@ def read_head(scope: dict[str, Any], limits: Limits) -> Head:
         fields[name] = value
     if size > limits.head or len(scope["headers"]) > limits.fields:
         raise headers_too_large(limits)
+    if b"host" not in fields and scope.get("http_version") != "1.0":
+        raise _bad("the header Host is missing", "send Host: localhost")
     coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
     if coding is not None:
         if length is not None:
@@ -75,15 +77,11 @@ def headers_too_large(limits: Limits) -> Refused:
     )
 
 
-def check_host(head: Head, scope: dict[str, Any]) -> None:
+def check_host(head: Head) -> None:
     """For a server that listens on this computer alone: raises Refused (wrong_host) for a request
     that was sent to another name than one of this computer's."""
     host = head.fields.get(b"host")
-    if host is None:
-        if scope.get("http_version") == "1.0":
-            return
-        raise _bad("the header Host is missing", "send Host: localhost")
-    if not is_local(_name(host.decode("latin-1"))):
+    if host is not None and not is_local(_name(host.decode("latin-1"))):
         raise Refused(
             "wrong_host",
             "this server answers to localhost, 127.0.0.1 and [::1], and the request names another",

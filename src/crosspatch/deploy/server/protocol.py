@@ -21,6 +21,9 @@ from crosspatch.deploy.server.heads import headers_too_large
 from crosspatch.deploy.server.limits import SEVERAL
 from crosspatch.deploy.server.refusals import Refused, busy
 
+PIPELINED = 16
+"""Requests that may wait on one connection behind the one that is answered."""
+
 
 class Protocol(HttpToolsProtocol):
     """One connection. The application of its configuration is a Front."""
@@ -31,9 +34,10 @@ class Protocol(HttpToolsProtocol):
         assert isinstance(front, Front)
         self.front, self.allowed = front, front.limits
         self.heading = True  # the head of a request is awaited or comes in
-        self.head_bytes = self.pieces = self.forgotten = 0
+        self.head_bytes = self.pieces = self.empty = self.forgotten = 0
         self.refused = False  # what still comes is forgotten
         self.alarm: asyncio.TimerHandle | None = None
+        self.deaf: asyncio.TimerHandle | None = None
         self.running: Any = None  # the request that is answered now, or was last
 
     def connection_made(self, transport: Any) -> None:
@@ -47,6 +51,8 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
         self._unwatch()
+        if self.deaf is not None:
+            self.deaf.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -59,18 +65,36 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self.heading:
             self.head_bytes += len(data)
+        before = self.pieces
         try:
             self.parser.feed_data(data)  # type: ignore[union-attr]
         except httptools.HttpParserUpgrade:
             self.cycle.keep_alive = False  # answered as if nothing had been asked for, then closed
         except httptools.HttpParserError:
-            many = self.pieces > self.allowed.pieces
-            self._refuse(_malformed("the body comes in too many pieces") if many else _malformed())
+            self._refuse(self._complaint())
         else:
-            if self.heading and self.head_bytes > self.allowed.head:
-                self._refuse(headers_too_large(self.allowed))
-            elif self.heading and self.alarm is None and self._idle:
-                self._watch()
+            self._weigh(len(data), before)
+
+    def _complaint(self) -> Refused:
+        """Why the parser stopped."""
+        if self.headers is not None and len(self.headers) > self.allowed.fields:
+            return headers_too_large(self.allowed)
+        if self.pieces > self.allowed.pieces:
+            return _malformed("the body comes in too many pieces")
+        if len(self.pipeline) >= PIPELINED:
+            return _malformed("too many requests at once on one connection")
+        return _malformed()
+
+    def _weigh(self, count: int, before: int) -> None:
+        """What came was understood; it may still be too much, or the beginning of too little."""
+        if not self.heading:  # between the pieces of a body lie lengths, extensions and trailers
+            self.empty = self.empty + count if self.pieces == before else 0
+            if self.empty > self.allowed.head:
+                self._refuse(_malformed("there is too much between the pieces of the body"))
+        elif self.head_bytes > self.allowed.head:
+            self._refuse(headers_too_large(self.allowed))
+        elif self.alarm is None and self._idle:
+            self._watch()
 
     @property
     def _idle(self) -> bool:
@@ -80,17 +104,25 @@ class Protocol(HttpToolsProtocol):
         self.running = cycle
         super()._start_asgi_task(cycle, app)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or one behind a body."""
+        super().on_header(name, value)
+        if len(self.headers) > self.allowed.fields:
+            raise ValueError("too many headers")  # the parser stops and says so to data_received
+
     def on_headers_complete(self) -> None:
         """The head is whole: no longer timed."""
+        if len(self.pipeline) >= PIPELINED:
+            raise ValueError("too many requests")
         self._unwatch()
-        self.heading, self.pieces = False, 0
+        self.heading, self.pieces, self.empty = False, 0, 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""
         self.pieces += 1
         if self.pieces > self.allowed.pieces:
-            raise ValueError("too many pieces")  # the parser stops, and says so to data_received
+            raise ValueError("too many pieces")
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -105,6 +137,18 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
             return
         super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """The client does not read: not for long."""
+        super().pause_writing()
+        self.deaf = self.loop.call_later(self.allowed.body_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client reads."""
+        if self.deaf is not None:
+            self.deaf.cancel()
+            self.deaf = None
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """In our shape, should uvicorn ever refuse something by itself."""
