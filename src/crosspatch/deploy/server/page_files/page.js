@@ -14,7 +14,7 @@
     const all = [...clean(text)];
     return all.length > most ? all.slice(0, most - 1).join('') + '\u2026' : all.join('');
   };
-  const percent = (p) => `${(100 * p).toFixed(1)} %`;
+  const percent = (p) => `${(100 * p).toFixed(1)}\u00a0%`;
   const inWords = (p) => p >= 0.99 ? 'almost certain' : p >= 0.9 ? 'very likely'
     : p >= 0.7 ? 'likely' : p >= 0.4 ? 'perhaps' : 'hardly more than a guess';
   const sentence = (text) => {
@@ -258,7 +258,7 @@
     let looked = null;
     if (found.seen?.startsWith('data:image/png;base64,')) {
       const size = info?.preprocess.size;
-      const caption = `as the model saw it${size ? `: ${size[1]} \u00d7 ${size[0]} pixels` : ''}`;
+      const caption = `as the model saw it${size ? `: ${size[1]}\u00a0\u00d7\u00a0${size[0]} pixels` : ''}`;
       const [figure, frame, img] = framed(found.seen, `${card.name}, ${caption}`, caption);
       frame.classList.add('model');
       frame.classList.toggle('small', Boolean(size) && size[1] < 120);
@@ -268,8 +268,7 @@
     const answered = verdict(found, told);
     told.append(bars(found));
     if (looked) told.append(looked);
-    told.append(timing(found, took));
-    card.body.replaceChildren(shown, told);
+    card.body.replaceChildren(shown, told, timing(found, took));
     say(`${card.name}: ${answered}`);
   }
 
@@ -325,7 +324,7 @@
 
   function timing(found, took) {
     const t = found.timing_ms, beside = found.batch > 1 ? ` together with ${found.batch - 1} more` : '';
-    return make('p', 'soft', `${milliseconds(t.total)} in the server: ${milliseconds(t.decode)} reading the picture, `
+    return make('p', 'soft took', `${milliseconds(t.total)} in the server: ${milliseconds(t.decode)} reading the picture, `
       + `${milliseconds(t.queue)} waiting, ${milliseconds(t.compute)} computing${beside}. `
       + `${milliseconds(took)} with the way there and back. ${clean(found.image.format)}, `
       + `${found.image.width} \u00d7 ${found.image.height} pixels.`);
@@ -362,7 +361,7 @@
     label.append(slider);
     note.append(make('span', 'key for'), `spoke for \u201c${name}\u201d, `, make('span', 'key against'),
       'against it. This is what each patch gave to the class\u2019s score through attention, at first hand; what the '
-      + 'network worked out from patches on the way is not in it. It tells where the answer came from, not whether it is right.');
+      + 'network worked out from patches on the way is not in it. It is a hint of where the answer came from, no proof.');
     canvas.style.opacity = 0.8;
     slider.addEventListener('input', () => { canvas.style.opacity = slider.value / 100; });
     const set = (on) => {
@@ -372,7 +371,7 @@
     };
     toggle.addEventListener('click', () => {
       set(canvas.hidden);
-      say(canvas.hidden ? '' : canvas.getAttribute('aria-label'));
+      say(canvas.hidden ? '' : `${canvas.getAttribute('aria-label')}.`);
     });
     set(false);
     box.append(toggle, label, note);
