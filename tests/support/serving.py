@@ -91,11 +91,6 @@ class Running(NamedTuple):
     service: Any
     server: Any
 
-    @property
-    def connections(self) -> int:
-        """How many there are."""
-        return len(self.server.server_state.connections)
-
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
