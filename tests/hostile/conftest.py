@@ -1,13 +1,15 @@
-"""One server for each test process, of a model that answers with the mean colour of a picture."""
+"""A server for each test process, of a model that answers with the mean colour of a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from crosspatch.data.decode import FORMATS
 from crosspatch.deploy.bundle import read_bundle
 from crosspatch.deploy.engines import open_engine
 from crosspatch.deploy.predictor import Predictor
@@ -27,14 +29,31 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("hostile") / "bundle.onnx")
 
 
-@pytest.fixture(scope="session")
-def server(bundle: Path) -> Iterator[Server]:
+@contextmanager
+def started(bundle: Path, formats: str, log: str = "log.jsonl") -> Iterator[Server]:
     """A server with one engine thread and two decoders, whose clients must be quick."""
-    program = ("-m", "hostile.quick", SLOW, PLACES)
-    with Server(bundle, bundle.with_name("log.jsonl"), *OPTIONS, program=program) as running:
+    program, log = ("-m", "hostile.quick", SLOW, PLACES, formats), bundle.with_name(log)
+    with Server(bundle, log, *OPTIONS, program=program) as running:
         for _ in range(5):
             assert running.ask(GOOD).status == 200
-        running.idle = running.memory()  # type: ignore[attr-defined]
+        running.idle = running.memory()
+        yield running
+        processes = running.processes()
+        assert running.stop() == 0, running.log.read_text()[-2000:]
+        assert not [one for one in processes if Path(f"/proc/{one}").exists()]
+
+
+@pytest.fixture(scope="session")
+def server(bundle: Path) -> Iterator[Server]:
+    """A server that reads the formats that the command reads."""
+    with started(bundle, "JPEG,PNG,WebP,BMP") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def open_server(bundle: Path) -> Iterator[Server]:
+    """A server that reads every format that there is a reader for."""
+    with started(bundle, ",".join(FORMATS), "open.jsonl") as running:
         yield running
 
 

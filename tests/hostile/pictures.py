@@ -224,3 +224,26 @@ def _modes() -> Iterator[Picture]:
 
 
 PICTURES = (*_nonsense(), *_pngs(), *_films(), *_foreign(), *_small(), *_modes())
+
+
+def _opened() -> Iterator[Picture]:
+    """What a server says that is told to read GIF and TIFF, too."""
+    strip = made.strip_tiff(40000, 40000)
+    lies = made.tiff([(256, 4, 2**31, 2**31)] * 30)
+    pages = [picture("rings", seed) for seed in range(3)]
+    yield Picture(13, "gif 10000 frames", lambda: made.gif(10000), (200,), READ)
+    yield Picture(13, "gif of three", lambda: _animation("GIF"), (200,), READ)
+    yield Picture(13, "gif cut", lambda: _animation("GIF")[:60], (422,), BROKEN)
+    yield Picture(16, "tiff directory loop", HEADERS["TIFF"], (422,), BROKEN)
+    yield Picture(17, "tiff strip of 40000", lambda: strip, (422,), PIXELS, "40,?000")
+    yield Picture(17, "tiff of pages", lambda: saved(pages[0], "TIFF", save_all=True,
+                  append_images=pages[1:]), (200,), READ)  # fmt: skip
+    for mode in ("I;16", "I", "F"):
+        yield _good(f"{mode} tiff", grey_ramp(mode), "TIFF")
+    yield Picture(28, "gif and html", lambda: b"GIF89a/*" + made.gif(1)[8:], (200, 422),
+                  "its frame does not fill what its header claims")  # fmt: skip
+    yield Picture(29, "tiff", lambda: lies, (422,), BROKEN)
+    yield Picture(18, "PSD", HEADERS["PSD"], (415,), FORMAT, "PSD")
+
+
+OPENED = tuple(_opened())

@@ -36,7 +36,7 @@ class Server:
     ) -> None:
         words = [sys.executable, *program, "serve", str(bundle), "--port", "0", "--json", *options]
         words = [*(["taskset", "-c", taskset] if taskset else []), *words]
-        self.log = log
+        self.log, self.idle = log, 0  # idle: bytes at rest, once somebody has measured it
         with log.open("wb") as stream:
             self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=stream)
         self.port = self._started()

@@ -13,7 +13,7 @@ from hostile import asks_bodies, asks_http
 from hostile.ask import Request
 from hostile.case import Picture
 from hostile.conftest import GOOD, probabilities
-from hostile.pictures import PICTURES
+from hostile.pictures import OPENED, PICTURES
 from hostile.process import MEGABYTE, Peak, Server
 from hostile.talk import Reply
 
@@ -44,30 +44,25 @@ def checked(reply: Reply) -> Reply:
     return reply
 
 
-@pytest.fixture
-def survives(server: Server) -> Callable[[Callable[[], Reply]], Reply]:
+def survived(server: Server, send: Callable[[], Reply]) -> Reply:
     """Sends something hostile; then the server must be whole, slim and right."""
     before = server.ask(GOOD)
-
-    def run(send: Callable[[], Reply]) -> Reply:
-        with Peak(server) as peak:
-            reply = send()
-        after = server.ask(GOOD)
-        assert after.status == 200, after.body
-        assert after.json()["predictions"] == before.json()["predictions"]
-        assert server.process.poll() is None, server.log.read_text()[-2000:]
-        assert reply.seconds < HANG
-        assert after.seconds < HANG
-        assert peak.bytes - server.idle < MEMORY, f"{(peak.bytes - server.idle) / MEGABYTE:.0f} MB"
-        return checked(reply)
-
-    return run
+    with Peak(server) as peak:
+        reply = send()
+    after = server.ask(GOOD)
+    assert after.status == 200, after.body
+    assert after.json()["predictions"] == before.json()["predictions"]
+    assert server.process.poll() is None, server.log.read_text()[-2000:]
+    assert reply.seconds < HANG
+    assert after.seconds < HANG
+    assert peak.bytes - server.idle < MEMORY, f"{(peak.bytes - server.idle) / MEGABYTE:.0f} MB"
+    return checked(reply)
 
 
-@pytest.mark.parametrize("case", PICTURES, ids=str)
-def test_pictures(case: Picture, server: Server, survives, answer) -> None:
+def met(case: Picture, server: Server, answer: Callable[[bytes], np.ndarray]) -> None:
+    """Sends a would-be picture; the answer must be the right one."""
     data = case.make()
-    reply = survives(lambda: server.ask(data))
+    reply = survived(server, lambda: server.ask(data))
     assert reply.status in case.status, (reply.status, reply.body[:300], case.why)
     if reply.status == 200:
         np.testing.assert_allclose(probabilities(reply), answer(data), atol=1e-6)
@@ -75,9 +70,21 @@ def test_pictures(case: Picture, server: Server, survives, answer) -> None:
         assert re.search(case.says, reply.json()["error"]["message"]), reply.body
 
 
+@pytest.mark.parametrize("case", PICTURES, ids=str)
+def test_pictures(case: Picture, server: Server, answer) -> None:
+    met(case, server, answer)
+
+
+@pytest.mark.parametrize("case", OPENED, ids=str)
+def test_pictures_of_formats_that_have_to_be_asked_for(
+    case: Picture, open_server: Server, answer
+) -> None:
+    met(case, open_server, answer)
+
+
 @pytest.mark.parametrize("case", REQUESTS, ids=str)
-def test_requests(case: Request, server: Server, survives) -> None:
-    reply = survives(lambda: case.send(server))
+def test_requests(case: Request, server: Server) -> None:
+    reply = survived(server, lambda: case.send(server))
     assert reply.status in case.status, (reply.status, reply.body[:300], case.why)
     assert not case.closes or reply.closed, "the connection stays open"
     assert not case.silent or case.silent not in reply.body + repr(reply.headers).encode()
@@ -87,11 +94,13 @@ def test_no_process_and_no_file_is_left_over(server: Server) -> None:
     """After all of the above, in one process of tests: what was opened is closed again."""
     for _ in range(20):
         assert server.ask(GOOD).status == 200
-    held = server.files()
+    held, processes = server.files(), len(server.processes())
+    assert processes == 3, "the server and its two decoders"
     for case in [one for one in PICTURES if one.item not in (8, 9, 15, 26)][::2]:
         server.ask(case.make())
     assert server.ask(GOOD).status == 200
     assert server.files() <= held + 2
+    assert len(server.processes()) == processes
     log = server.log.read_text()
     assert "Traceback" not in log
     assert "ERROR" not in log, log[-2000:]
