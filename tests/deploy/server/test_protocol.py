@@ -187,9 +187,10 @@ def test_a_client_that_never_reads_is_cut(quick: Running) -> None:
 
 
 def test_a_body_in_a_million_pieces_is_cut_short(server: Running) -> None:
-    begun = time.process_time()
+    begun, before = time.process_time(), left(server)
     (reply,) = server.say(chunked(*[b"x"] * (3 << 20)))
     assert reply.code == "bad_request"
+    assert left(server) == before  # it is counted once, as what it was
     assert server.service.asks == []
     assert time.process_time() - begun < 10  # of both sides: three million chunks are made here
     few = server.say(chunked(*[b"x" * 10] * 1000))
@@ -357,6 +358,7 @@ def test_other_methods_and_protocols_do_nothing(
         (reply,) = replies(line, 1)
         assert reply.status in statuses
         if b"Upgrade" in request_ or b"PRI" in request_:
+            line.settimeout(3)  # at once, not when an idle connection is closed
             assert ended(line)
     good(server)
 

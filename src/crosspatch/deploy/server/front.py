@@ -32,6 +32,8 @@ from crosspatch.deploy.server.openapi import OPEN
 from crosspatch.deploy.server.refusals import Refused, busy, draining
 from crosspatch.deploy.server.service import Service
 
+ANSWERED = "crosspatch.answered"
+"""What the protocol below puts into the scope of a request that it refused itself."""
 LEFT = 499
 """The status in the log of a request whose client went; it is never sent."""
 
@@ -90,7 +92,8 @@ class Front:
         finally:
             if body is not None:
                 body.free()
-            self.note(scope, exchange, reply.status)
+            if ANSWERED not in scope:
+                self.note(scope, exchange, reply.status)
 
     def _head(self, scope: Any) -> Any:
         head = read_head(scope, self.limits)

@@ -16,7 +16,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from crosspatch.deploy.server.errors import CAREFUL, CLOSED, render
-from crosspatch.deploy.server.front import Front
+from crosspatch.deploy.server.front import ANSWERED, Front
 from crosspatch.deploy.server.heads import headers_too_large
 from crosspatch.deploy.server.limits import SEVERAL
 from crosspatch.deploy.server.refusals import Refused, busy
@@ -194,7 +194,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
             return
         if guilty is not None:
-            guilty.disconnected = True
+            guilty.scope[ANSWERED] = guilty.disconnected = True
             guilty.message_event.set()
         self._answer(refused)
 
