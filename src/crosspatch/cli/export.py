@@ -152,6 +152,8 @@ def _print(screen: Any, run: Path, exported: Exported, to: str) -> None:
         f"  temperature {words.number(info.temperature)}, "
         f"{fitted if info.calibrated_on else 'not fitted'}"
     )
+    if info.explains:
+        screen.line("  second output: what each patch gave to the most probable class's logit")
     screen.line(f"  self-check: at most {exported.difference:.1g} from torch in a probability")
     for remark in exported.remarks:
         if remark not in expectation():
