@@ -129,7 +129,7 @@ class Front:
         await reply({"type": "http.response.start", "status": refused.status, "headers": headers})
         await reply({"type": "http.response.body", "body": body, "more_body": reply.unread})
         if reply.unread:  # the answer is on its way whole; what is still sent is not to break it
-            await hear_out(exchange.receive, self.limits.linger, SEVERAL * self.limits.body)
+            await hear_out(exchange.receive, self.limits)
             await reply({"type": "http.response.body", "body": b""})
 
     def note(self, scope: Any, exchange: Exchange, status: int) -> None:

@@ -25,8 +25,9 @@ class Limits:
     """Bytes: body (of one request; a batch may have SEVERAL times as many), held (of all bodies at
     once), head (request line and headers). Numbers: fields (headers), parts (of a form), batch
     (pictures of a batch), pieces (that a body may come in), connections. Seconds: head_seconds,
-    body_seconds (to receive them), idle (between requests), linger (to hear out a refused one).
-    timeout_ms: milliseconds for an answer, where a request does not say."""
+    body_seconds (to receive them), idle (between requests), linger (that a refused client may be
+    silent before it is cut). timeout_ms: milliseconds for an answer, where a request does not
+    say."""
 
     body: int = 10_000_000
     held: int = 64_000_000
@@ -115,13 +116,15 @@ class Body:
         self.taken = 0
 
 
-async def hear_out(receive: Receive, seconds: float, most: int) -> None:
+async def hear_out(receive: Receive, limits: Limits) -> None:
     """Take in and forget what a refused client still sends, so that it reads the refusal instead of
-    finding the connection broken; at most `most` bytes and `seconds`."""
+    finding the connection broken: until it is silent, and not for long."""
+    most = SEVERAL * limits.body
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(limits.body_seconds):
             while most > 0:
-                message = await receive()
+                async with asyncio.timeout(limits.linger):
+                    message = await receive()
                 if message["type"] == "http.disconnect" or not message.get("more_body", False):
                     return
                 most -= len(message.get("body", b""))

@@ -207,7 +207,14 @@ class Protocol(HttpToolsProtocol):
         self.front.note_refused(refused, number)
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self.loop.call_later(self.allowed.linger, self.transport.close)
+        self._fade(-1, self.loop.time() + self.allowed.body_seconds)
+
+    def _fade(self, heard: int, end: float) -> None:
+        """Closes once the client has been silent for a while, and at `end` at the latest."""
+        if self.forgotten == heard or self.loop.time() >= end:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(self.allowed.linger, self._fade, self.forgotten, end)
 
 
 def _malformed(message: str = "this is no valid HTTP request") -> Refused:
