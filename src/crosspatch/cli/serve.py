@@ -127,17 +127,18 @@ def serve(
             threshold=sure, observe=observe,
         )  # fmt: skip
 
-    return lifecycle.run(
-        make,
-        listener,
-        page(),
-        token=token,
-        batch_api=batch_api,
-        local=local,
-        log=_log(log, quiet),
-        ready=lambda service: _ready(service, address, token, output.json, line),
-        told=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    with listener:
+        return lifecycle.run(
+            make,
+            listener,
+            page(),
+            token=token,
+            batch_api=batch_api,
+            local=local,
+            log=_log(log, quiet),
+            ready=lambda service: _ready(service, address, token, output.json, line),
+            told=lambda text: print(text, file=sys.stderr, flush=True),
+        )
 
 
 def _installed() -> None:
