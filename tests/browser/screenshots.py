@@ -21,8 +21,11 @@ from PIL import Image, ImageFilter
 
 from browser.made import typed
 from browser.windows import PHONE, browsing, window
+from crosspatch.deploy.server.page import page as document
+from crosspatch.deploy.server.service import Service
 from support.hostile import BAD, CLASSES, oriented, picture, saved
 from support.pages import DOCS
+from support.serving import running
 
 LARGEST = 150_000
 SHOTS: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
@@ -33,6 +36,14 @@ SHOTS: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
     "compare": ("compared/digits/report.html", (1040, 1200), {}),
 }
 """Picture -> page, what of it is seen, and how."""
+
+
+SERVED: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
+    "serve": ((1040, 1240), {}),
+    "serve-phone": (PHONE, {"color_scheme": "dark"}),
+}
+"""Picture -> how the server's page is seen."""
+DOUBT = 0.7  # the confidence below which that server is not sure
 
 
 def photos(folder: Path) -> None:
@@ -68,12 +79,56 @@ def pages(folder: Path) -> None:
           "--model", "vit_micro_32", "--size", 16, "--out", "compared/digits")  # fmt: skip
 
 
+def asked(folder: Path) -> list[Path]:
+    """Pictures for the server's page: a disc, stripes, and stripes beside half a ring."""
+    ring, stripes = picture("rings", 60, (480, 640)), picture("stripes", 62, (480, 640))
+    both = ring.copy()
+    both.paste(stripes.crop((0, 0, 320, 480)), (0, 0))
+    made = {"disc": picture("discs", 70, (480, 640)), "stripes": picture("stripes", 63, (480, 640)),
+            "both": both}  # fmt: skip
+    for name, one in made.items():
+        (folder / f"{name}.jpg").write_bytes(saved(one, "JPEG", quality=88))
+    return [folder / f"{name}.jpg" for name in made]
+
+
 def _digit(path: Path) -> None:
     from crosspatch.data.opening import open_source
 
     source = open_source("digits")
     place = next(place for place, item in enumerate(source.items) if item.label == 4)
     Image.fromarray(source.read(place)).save(path)
+
+
+def shoot_served(folder: Path, to: Path) -> None:
+    """The server's page after three pictures, with the scores of patches over two of them."""
+    typed("train", "photos", "--model", "crossvit_micro_32", "--size", 64, "--epochs", 25,
+          "--out", "runs/shapes")  # fmt: skip
+    typed("export", "runs/shapes", "--explain")
+    pictures = asked(folder)
+    service = Service(folder / "runs/shapes/bundle.onnx", workers=1, threads=1, threshold=DOUBT)
+    with browsing() as browser, running(service, page=document()) as server:
+        for name, (size, options) in SERVED.items():
+            home = f"http://127.0.0.1:{server.port}/"
+            with window(browser, home, size, **options) as (shown, noted):
+                shown.wait_for_selector("#limits:not(:empty)")
+                for number, path in enumerate(pictures, 1):
+                    shown.set_input_files("#files", path)
+                    shown.wait_for_selector(f":nth-match(article .told, {number})")
+                for card in (2, 0):
+                    looked = shown.get_by_role("button", name="Show where it looked")
+                    looked.nth(card).click()
+                shown.evaluate("scrollTo(0, 0)")
+                shown.wait_for_timeout(500)  # bars have grown
+                assert noted == [], noted
+                shown.screenshot(path=to / f"{name}.png")
+            _lighter(to / f"{name}.png")
+
+
+def _lighter(path: Path) -> None:
+    """Fewer colours. Raises AssertionError for a picture that is too large."""
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
+    assert path.stat().st_size < LARGEST, f"{path}: {path.stat().st_size:,} B"
 
 
 def shoot(folder: Path, to: Path) -> None:
@@ -83,12 +138,7 @@ def shoot(folder: Path, to: Path) -> None:
             with window(browser, folder / page, size, **options) as (shown, noted):
                 assert noted == [], noted
                 shown.screenshot(path=to / f"{name}.png")
-            path = to / f"{name}.png"
-            with Image.open(path) as image:
-                image.convert("RGB").quantize(200, dither=Image.Dither.NONE).save(
-                    path, optimize=True
-                )
-            assert path.stat().st_size < LARGEST, f"{path}: {path.stat().st_size:,} B"
+            _lighter(to / f"{name}.png")
 
 
 def main() -> None:
@@ -97,6 +147,7 @@ def main() -> None:
         sys.argv = ["crosspatch"]
         pages(Path(made))
         shoot(Path(made), to)
+        shoot_served(Path(made), to)
 
 
 if __name__ == "__main__":

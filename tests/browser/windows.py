@@ -35,19 +35,21 @@ def browsing() -> Iterator[Browser]:
 
 @contextmanager
 def window(
-    browser: Browser, path: Path, size: tuple[int, int] = WIDE, **options: Any
+    browser: Browser, place: Path | str, size: tuple[int, int] = WIDE, **options: Any
 ) -> Iterator[tuple[Page, list[str]]]:
-    """A page opened from the disk, and what it did that no page of ours does: asked anybody for
-    anything, opened a dialog, wrote an error. options: of playwright's `new_context`."""
+    """A page opened from the disk or from its server, and what it did that no page of ours does:
+    asked anybody else for anything, opened a dialog, wrote an error. options: of playwright's
+    `new_context`."""
+    home = place.as_uri() if isinstance(place, Path) else place
     width, height = size
     context = browser.new_context(viewport={"width": width, "height": height}, **options)
     page, noted = context.new_page(), []
     page.on("dialog", lambda one: (noted.append(f"dialog: {one.message}"), one.dismiss()))
     page.on("pageerror", lambda one: noted.append(f"error: {one}"))
     page.on("console", lambda one: _console(one, noted))
-    page.on("request", lambda one: _request(one.url, noted))
+    page.on("request", lambda one: _request(one.url, noted, home))
     page.on("popup", lambda one: noted.append(f"window: {one.url}"))
-    page.goto(path.as_uri(), wait_until="load")
+    page.goto(home, wait_until="load")
     yield page, noted
     context.close()
 
@@ -57,8 +59,9 @@ def _console(message: Any, noted: list[str]) -> None:
         noted.append(f"{message.type}: {message.text}")
 
 
-def _request(url: str, noted: list[str]) -> None:
-    if not url.startswith(("file:", "data:", "blob:")):
+def _request(url: str, noted: list[str], home: str) -> None:
+    own = (home,) if home.startswith("http") else ("file:",)
+    if not url.startswith((*own, "data:", "blob:")):
         noted.append(f"request: {url}")
 
 
@@ -68,5 +71,6 @@ def laws(page: Page, site: bool = False) -> list[str]:
       for (const one of document.querySelectorAll('details')) one.open = true;
       for (const one of document.querySelectorAll('img')) one.loading = 'eager';
     }""")
-    page.wait_for_function("[...document.images].every((one) => one.complete)")
+    page.evaluate("""() => Promise.all([...document.images].map((one) => one.complete ||
+      new Promise((done) => { one.onload = one.onerror = done; })))""")
     return page.evaluate(LAWS, {"site": site})

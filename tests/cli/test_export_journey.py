@@ -40,6 +40,23 @@ def test_the_screen_says_what_was_written_and_what_comes_next(
     assert crosspatch("export", exported, "--out", exported / "config.toml").code == 2
 
 
+def test_a_bundle_that_explains_says_so(exported: Path, crosspatch) -> None:
+    answer = crosspatch("export", exported, "--explain", "--out", exported / "explained.onnx")
+    assert answer.code == 0
+    assert "what each patch gave" in answer.out
+    bundle = read_bundle(exported / "explained.onnx")
+    assert bundle.info.explains
+    assert bundle.info.sure == read_bundle(exported / "bundle.onnx").info.sure
+    pictures = check_pictures(bundle.info.preprocess.size)
+    probabilities, patches = open_engine(bundle).explain(pictures)
+    assert np.abs(probabilities - np.array(bundle.info.check)).max() < 1e-5
+    assert np.isfinite(patches).all()
+    assert np.ptp(patches) > 0
+    torch = crosspatch("export", exported, "--explain", "--to", "torch")
+    assert torch.code == 2
+    assert "--to torch" in torch.err
+
+
 def test_int8_and_static_are_smaller_and_still_agree(
     exported: Path, crosspatch, untraced: None
 ) -> None:

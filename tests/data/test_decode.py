@@ -194,3 +194,10 @@ def test_decoding_never_imports_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", hostile.GOOD)
+def test_large_pictures_are_converted_in_strips_to_the_same_pixels(name: str, monkeypatch) -> None:
+    whole = np.asarray(decode(hostile.GOOD[name]()))
+    monkeypatch.setattr("crosspatch.data.decode._STRIP", 4 * 50)
+    np.testing.assert_array_equal(np.asarray(decode(hostile.GOOD[name]())), whole)

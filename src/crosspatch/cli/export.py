@@ -24,6 +24,7 @@ def export(
     to: Literal["onnx", "openvino", "torch"] = "onnx",
     int8: bool = False,
     static: bool = False,
+    explain: bool = False,
     data: Annotated[str | None, Parameter(metavar="DATA")] = None,
     out: Annotated[Path | None, Parameter(metavar="FILE")] = None,
     output: Output | None = None,
@@ -38,6 +39,8 @@ def export(
         Keep the weights of Linear layers in 8 bits: a smaller file, down to a third.
     static
         int8 with fixed scales, found on the run's validation pictures.
+    explain
+        A second output: how much each patch gave to the logit of the most probable class.
     data
         Where the run's pictures are now, for --static.
     out
@@ -65,6 +68,7 @@ def export(
             to,
             int8=int8,
             static=static,
+            explain=explain,
             out=out,
             calibration=(lambda: _pictures(run, data)) if static else None,
             progress=screen.progress,
@@ -105,6 +109,8 @@ def _summary(run: Path, exported: Exported, to: str) -> dict[str, Any]:
         "preprocess": info.preprocess.to_dict(),
         "temperature": info.temperature,
         "calibrated_on": info.calibrated_on,
+        "explains": info.explains,
+        "sure": info.sure,
         "accuracy": info.accuracy,
         "difference": exported.difference,
         "weights": info.weights,
@@ -146,6 +152,8 @@ def _print(screen: Any, run: Path, exported: Exported, to: str) -> None:
         f"  temperature {words.number(info.temperature)}, "
         f"{fitted if info.calibrated_on else 'not fitted'}"
     )
+    if info.explains:
+        screen.line("  second output: what each patch gave to the most probable class's logit")
     screen.line(f"  self-check: at most {exported.difference:.1g} from torch in a probability")
     for remark in exported.remarks:
         if remark not in expectation():

@@ -41,6 +41,7 @@ VERBS = {
     "predict": ("crosspatch.cli.predict:predict", "Name the class of pictures."),
     "export": ("crosspatch.cli.export:export", "Write a run as one file for other programs."),
     "verify": ("crosspatch.cli.verify:verify", "Compare a bundle with the model it was made of."),
+    "serve": ("crosspatch.cli.serve:serve", "Answer pictures over HTTP, with a page to try it."),
     "label": ("crosspatch.cli.label:label", "Let a teacher label every patch of the pictures."),
     "bench": ("crosspatch.cli.bench:bench", "Measure how fast every engine runs a model here."),
     "compare": ("crosspatch.cli.compare:compare", "Find out which way to train is better."),

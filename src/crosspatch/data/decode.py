@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -78,6 +78,8 @@ _SIGNATURES: tuple[tuple[str, bytes], ...] = (
 )
 _KNOWN = tuple((name, re.compile(pattern, re.DOTALL)) for name, pattern in _SIGNATURES)
 _HEAD = 512
+_STRIP = 1 << 22
+"""Pixels; pictures beyond it that are no plain RGB are converted in strips of a quarter of it."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -302,28 +304,67 @@ def _orientation(exif: object) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; of a large picture strip by strip, so that there is one copy of it at most."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return image.convert("RGB")
+    grey = image.mode in ("I", "F") or image.mode.startswith("I;")
+    width, height = image.size
+    if width * height <= _STRIP:
+        return _strip_to_rgb(image, _scale([image]) if grey else None)
+    boxes = [
+        (0, top, width, min(height, top + _rows(width))) for top in range(0, height, _rows(width))
+    ]
+    scale = _scale(image.crop(box) for box in boxes) if grey else None
+    picture = Image.new("RGB", image.size)
+    for box in boxes:
+        picture.paste(_strip_to_rgb(image.crop(box), scale), box)
+    return picture
 
 
-def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Scale grey values of any range to uint8 without clipping.
+def _rows(width: int) -> int:
+    return max(1, _STRIP // (4 * width))
+
+
+def _strip_to_rgb(image: Image.Image, scale: tuple[float, float] | None) -> Image.Image:
+    if scale is not None:
+        return Image.fromarray(_to_8_bits(np.asarray(image), *scale)).convert("RGB")
+    return _over_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    picture = image.convert("RGBA")
+    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _scale(strips: Iterable[Image.Image]) -> tuple[float, float]:
+    """The grey values that become 0 and 255, so that none is clipped.
 
     Values from 0 up to 65535 keep their zero and are divided by the full scale of the fewest bits
     (8, 10, 12, 14, 16) that hold the brightest one, so a 12-bit radiograph in a 16-bit file is not
     black; floats up to 1 have full scale 1. Any other range is stretched from its least to its
     greatest value.
     """
-    values = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
+    low, high, kind = np.inf, -np.inf, ""
+    for strip in strips:
+        pixels = np.asarray(strip)
+        values, kind = _finite(pixels), pixels.dtype.kind
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
     if low >= 0 and high <= 65535:
-        unit = pixels.dtype.kind == "f" and high <= 1
-        low, high = 0.0, 1.0 if unit else next(2.0**b - 1 for b in range(8, 17, 2) if high < 2**b)
+        unit = kind == "f" and high <= 1
+        return 0.0, 1.0 if unit else next(2.0**b - 1 for b in range(8, 17, 2) if high < 2**b)
+    return low, high
+
+
+def _finite(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype.kind != "f":
+        return pixels
+    return np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _to_8_bits(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Grey values of any kind -> uint8, `low` to `high` stretched over 0 to 255."""
+    if pixels.dtype == np.uint16:
+        return _to_8_bits(np.arange(int(high) + 1), low, high)[pixels]
+    values = _finite(pixels).astype(np.float64)
     return np.rint((values - low) * (255 / max(high - low, 1e-300))).astype(np.uint8)

@@ -11,6 +11,7 @@ choice     which engine and how many threads: a short measurement, remembered; n
 predictor  files, bytes and arrays in, answers out; no torch
 batch      very many pictures to one table; parts and table are where they lie and their rows
 torch_engine, loading   a run folder or a bundle -> Predictor (`crosspatch.load`)
+server     a bundle behind HTTP: decoding in processes, bounded queue, batches; no torch
 client     the tiny client that is written beside a bundle: numpy, onnxruntime and Pillow only
 verify     a bundle against the torch model, on the user's own pictures
 bench      engine x precision x batch x threads on this machine; subject, peak and bench_report

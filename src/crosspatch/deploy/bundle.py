@@ -31,7 +31,7 @@ has several."""
 SCHEMA = max(SCHEMAS.values())
 KEY = "crosspatch"
 """The entry of the model file's metadata that holds the JSON object."""
-INPUT, OUTPUT = "image", "probabilities"
+INPUT, OUTPUT, PATCHES = "image", "probabilities", "patches"
 PRECISIONS = ("fp32", "int8-dynamic", "int8-static")
 INSTALL = {
     "onnx": "pip install 'crosspatch[onnx]'",
@@ -49,6 +49,7 @@ DECODING = {
 }
 """How a picture file becomes RGB pixels, in words; `crosspatch.data.decode` does it."""
 LARGEST = 8192  # pixels a side that a bundle may ask for: a stranger's must not eat the memory
+SURE = 0.95  # of the answers from the confidence `sure` on are right
 CHECKS = 2  # pictures made by a formula, whose probabilities stand in the bundle
 CANDIDATES = 12  # of such pictures, that those are chosen from where tokens are reduced
 LONGEST = 4000  # letters in a name, such as that of a reduction
@@ -66,7 +67,11 @@ class BundleInfo:
     gave for `check_pictures`, (CHECKS, K); task: out of SCHEMAS; thresholds: (K,) of multilabel, a
     picture has the classes whose probability is not below theirs, else (); reduction: of tokens, as
     `tokens.spec.spell` writes it, "" without one; checks: numbers of the check pictures of a
-    reduced model (see `deploy.ties`), () for the first ones.
+    reduced model (see `deploy.ties`), () for the first ones; explains: whether the graph has a
+    second output, scores of the patches (B, rows, columns) (see `deploy.patch_scores`); sure: the
+    confidence from which SURE of the run's validation pictures were named rightly, None where too
+    few are to tell or a picture may have several labels. A field that says nothing is not written,
+    and a version of crosspatch that does not know one of the others refuses the bundle by its name.
     """
 
     classes: tuple[str, ...]
@@ -86,6 +91,8 @@ class BundleInfo:
     thresholds: tuple[float, ...] = ()
     reduction: str = ""
     checks: tuple[int, ...] = ()
+    explains: bool = False
+    sure: float | None = None
 
     @property
     def check_pictures(self) -> np.ndarray:
@@ -101,7 +108,7 @@ class BundleInfo:
     def to_json(self) -> str:
         """One JSON object; the inverse of `from_json`."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("thresholds", "reduction", "checks"):
+        for name in ("thresholds", "reduction", "checks", "explains", "sure"):
             if not plain[name]:
                 del plain[name]  # older readers know no such thing
         plain |= {"preprocess": self.preprocess.to_dict(), "schema": self.schema}
@@ -163,6 +170,11 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("another number of check pictures than of their answers")
     if not all(isinstance(one, int) and 0 <= one < CANDIDATES for one in checks):
         raise ValueError(f"check pictures are numbered from 0 to {CANDIDATES - 1}")
+    sure = given.get("sure")
+    if not isinstance(given.get("explains", False), bool):
+        raise ValueError("explains is true or false")
+    if sure is not None and not (type(sure) in (int, float) and 0 < sure <= 1):
+        raise ValueError(f"sure {sure!r} is no confidence")
     preprocess = Preprocess.from_dict(given["preprocess"])
     if max(preprocess.store) > LARGEST:
         raise ValueError(f"pictures of {preprocess.store} pixels")

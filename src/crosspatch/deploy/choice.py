@@ -21,7 +21,7 @@ import numpy as np
 
 from crosspatch.cache import remembered
 from crosspatch.deploy.bundle import Bundle, check_pictures
-from crosspatch.deploy.engines import ENGINES, Engine, Setting, available, open_engine
+from crosspatch.deploy.engines import ENGINES, BundleEngine, Engine, Setting, available, open_engine
 from crosspatch.errors import CrosspatchError, UsageError
 from crosspatch.metrics.latency import alternate
 from crosspatch.processor import processor, usable_cores
@@ -56,6 +56,27 @@ def choose(
     key = _key(bundle, batch, candidates, cores)
     kept = remembered(CACHE, key, lambda: list(_measure(bundle, batch, candidates, cores)))
     return _setting(kept, candidates, cores) or _measure(bundle, batch, candidates, cores)
+
+
+def open_bundle(
+    bundle: Bundle, engine: str = "auto", threads: int | None = None, batch: int = 1
+) -> BundleEngine:
+    """The engine that `engine` names for a bundle. Raises UsageError for what
+    cannot be had here, DataError for a damaged file."""
+    name, _, precision = engine.partition("-")
+    if name == "torch":
+        raise UsageError(
+            f"engine torch for {bundle.path}",
+            "torch runs the folder of a run; a bundle is for onnxruntime or openvino",
+            "name the folder of the run, or leave --engine out",
+        )
+    if threads is not None and engine != "auto":
+        return open_engine(bundle, name, precision or None, threads)
+    if precision:  # its threads are those that serve fp32 best; refused before that is measured
+        open_engine(bundle, name, precision, usable_cores())
+    chosen = choose(bundle, batch, ENGINES if name == "auto" else [name], threads)
+    wanted = Setting(chosen.engine, precision or chosen.precision, threads or chosen.threads)
+    return open_engine(bundle, *wanted)
 
 
 def _measure(

@@ -14,11 +14,22 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
-from crosspatch.deploy.bundle import INPUT, OUTPUT, Bundle, BundleInfo, needed, openvino_core
+from crosspatch.deploy.bundle import (
+    INPUT,
+    OUTPUT,
+    PATCHES,
+    Bundle,
+    BundleInfo,
+    needed,
+    openvino_core,
+)
 from crosspatch.errors import DataError, UsageError, near
 
 ENGINES = ("onnxruntime", "openvino", "torch")
 """What computes; `torch` runs a run folder's model (`torch_engine`), never a bundle."""
+
+TOLERANCE = 1e-3
+"""Largest difference of a probability in fp32; engines sum in another order than torch does."""
 
 DTYPES: dict[str, str] = {
     "tensor(uint8)": "uint8",
@@ -49,6 +60,16 @@ class Engine(Protocol):
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, 3) of the model's size -> probabilities (B, K) float32."""
+        ...
+
+
+class BundleEngine(Engine, Protocol):
+    """What runs a bundle; where that was exported with `--explain` it can tell more."""
+
+    def explain(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (B, H, W, 3) -> probabilities (B, K), and what each patch gave to the logit of the
+        most probable class, (B, rows, columns), both float32. Raises UsageError for a bundle
+        without such scores."""
         ...
 
 
@@ -90,7 +111,7 @@ def computes_bf16() -> bool:
 
 def open_engine(
     bundle: Bundle, engine: str = "onnxruntime", precision: str | None = None, threads: int = 1
-) -> Engine:
+) -> BundleEngine:
     """Opens a bundle for running. precision: None for that of the file.
 
     Raises UsageError for an engine or a precision that cannot be had with this bundle on this
@@ -172,6 +193,16 @@ class OnnxRuntimeEngine:
             _refuse_graph(self._bundle, "ONNX Runtime", error, "run")
         return _whole(answer, len(images), len(self._bundle.info.classes))
 
+    def explain(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (B, H, W, 3) -> probabilities (B, K), scores of the patches (B, rows, columns)."""
+        _check_explains(self._bundle)
+        given = {INPUT: np.ascontiguousarray(images)}
+        try:
+            answer, patches = self._session.run([OUTPUT, PATCHES], given)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            _refuse_graph(self._bundle, "ONNX Runtime", error, "run")
+        return _whole(answer, len(images), len(self._bundle.info.classes)), patches
+
 
 class OpenVinoEngine:
     """A bundle in OpenVINO, on the processor. bf16 only where the setting says so."""
@@ -205,8 +236,22 @@ class OpenVinoEngine:
             self._request.infer({INPUT: np.ascontiguousarray(images)}, share_inputs=True)
         except RuntimeError as error:
             _refuse_graph(self._bundle, "OpenVINO", error, "run")
-        answer = self._request.get_output_tensor(0).data
+        answer = self._request.get_tensor(OUTPUT).data
         return _whole(answer.copy(), len(images), len(self._bundle.info.classes))
+
+    def explain(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (B, H, W, 3) -> probabilities (B, K), scores of the patches (B, rows, columns)."""
+        _check_explains(self._bundle)
+        return self.run(images), self._request.get_tensor(PATCHES).data.copy()
+
+
+def _check_explains(bundle: Bundle) -> None:
+    if not bundle.info.explains:
+        raise UsageError(
+            f"scores of patches from {bundle.path}",
+            "a bundle that has them as its second output",
+            "crosspatch export RUN --explain",
+        )
 
 
 def _refuse_graph(bundle: Bundle, engine: str, error: Exception, what: str = "load") -> NoReturn:
@@ -228,23 +273,29 @@ def _openvino_port(one: Any) -> Port:
     shape = tuple(None if side.is_dynamic else side.get_length() for side in one.partial_shape)
     kind = str(one.element_type.get_type_name())
     names = one.get_names()
-    name = next((known for known in (INPUT, OUTPUT) if known in names), one.get_any_name())
+    name = next((known for known in (INPUT, OUTPUT, PATCHES) if known in names), one.get_any_name())
     return Port(name, DTYPES.get(kind, kind), shape)
 
 
 def _compare(bundle: Bundle, inputs: list[Port], outputs: list[Port]) -> None:
     """Raises DataError when the graph is not that of the description."""
     info = bundle.info
-    expected = (
-        [Port(INPUT, "uint8", (None, *info.preprocess.size, 3))],
-        [Port(OUTPUT, "float32", (None, len(info.classes)))],
-    )
-    for found, wanted, what in ((inputs, expected[0], "takes"), (outputs, expected[1], "gives")):
+    taken = [Port(INPUT, "uint8", (None, *info.preprocess.size, 3))]
+    given = [Port(OUTPUT, "float32", (None, len(info.classes)))]
+    if info.explains:  # how many rows and columns of patches, only the graph says
+        second = outputs[1].shape if len(outputs) > 1 else ()
+        most = info.preprocess.size
+        fits = len(second) == 3 and all(
+            0 < (n or 0) <= m for n, m in zip(second[1:], most, strict=True)
+        )
+        sides = second[1:] if fits else (None, None)
+        given.append(Port(PATCHES, "float32", (None, *sides)))
+    for found, wanted, what in ((inputs, taken, "takes"), (outputs, given, "gives")):
         if found != wanted:
-            said = ", ".join(port.describe() for port in found) or "nothing"
+            said, told = (", ".join(port.describe() for port in ports) for ports in (found, wanted))
             raise DataError(
-                f"the graph in {bundle.path} {what} {said}",
-                f"its description says {wanted[0].describe()}",
+                f"the graph in {bundle.path} {what} {said or 'nothing'}",
+                f"its description says {told}",
                 "export the run again",
             )
 

@@ -6,6 +6,7 @@ The file is run and compared with torch before it gets its name.
 
 from __future__ import annotations
 
+import csv
 import json
 import platform
 import time
@@ -24,15 +25,17 @@ from crosspatch.deploy import ties
 from crosspatch.deploy.bundle import (
     CHECKS,
     KEY,
+    SURE,
     BundleInfo,
     check_pictures,
     needed,
     openvino_core,
     read_bundle,
 )
-from crosspatch.deploy.engines import open_engine
+from crosspatch.deploy.engines import BundleEngine, open_engine
 from crosspatch.deploy.graph import OPSET, Shipped, to_onnx, trace
 from crosspatch.deploy.loading import weights_hash
+from crosspatch.deploy.patch_scores import Explained
 from crosspatch.deploy.place import (
     SUFFIX,
     check_place,
@@ -43,6 +46,7 @@ from crosspatch.deploy.place import (
 )
 from crosspatch.deploy.quantise import expectation, quantise_dynamic, quantise_static
 from crosspatch.errors import CrosspatchError, DataError, UsageError, near
+from crosspatch.metrics.abstain import threshold_for
 from crosspatch.metrics.macs import count_macs
 from crosspatch.processor import usable_cores
 from crosspatch.training.package import WEIGHTS, Trained, load_model, model_folder, read_config
@@ -85,6 +89,7 @@ def export(
     *,
     int8: bool = False,
     static: bool = False,
+    explain: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
     calibration: Calibration | None = None,
@@ -93,7 +98,8 @@ def export(
     """Write a run folder's model as a bundle; beside an ONNX file also the client that reads it.
 
     to: "onnx", "openvino" or "torch". int8: scales found in every call; static: int8 with fixed
-    scales, found on the pictures (N, H, W, 3) uint8 that `calibration` gives. out: the file (None:
+    scales, found on the pictures (N, H, W, 3) uint8 that `calibration` gives. explain: with scores
+    of the patches as a second output (`deploy.patch_scores`). out: the file (None:
     in the run folder); a bundle of ours that lies there is replaced, another file with `overwrite`
     only. progress: called with (what, steps done, steps).
     Raises UsageError for what cannot be asked or written there, DataError for a run that cannot be
@@ -103,12 +109,19 @@ def export(
     folder = model_folder(run)
     home = folder.parent if folder.name == "model" else folder
     precision = _precision(to, int8, static, calibration)
+    if explain and to == "torch":
+        raise UsageError(
+            "--explain with --to torch",
+            "scores of patches are written for ONNX Runtime and OpenVINO",
+            "--to onnx --explain, or crosspatch predict RUN PICTURE --explain page.html",
+        )
     path = Path(out) if out is not None else default_place(home, to, precision)
     check_place(path, to, overwrite)
     tell = progress or (lambda what, done, total: None)
     tell("exporting", 0, 3)
     pictures = calibration() if static and calibration is not None else None
     trained, info, remarks = _described(folder, home)
+    info = replace(info, explains=explain)
     shipped = _shipped(trained.module, info)
     tell("exporting", 1, 3)
     with workshop(path) as shop:
@@ -118,7 +131,10 @@ def export(
             made = _write_onnx(shipped, shop, info)
             tell("exporting", 2, 3)
             made = _converted(_quantised(made, precision, pictures), to)
-            compared = _compare(_runner(made), shipped, info, precision)
+            engine = _runner(made)
+            compared = _compare(engine.run, shipped, info, precision)
+            if explain:
+                _compare_patches(engine, shipped, info, precision)
         size = place(made, path)
     remarks += write_client(path.parent) if to == "onnx" else []
     remarks += expectation() if precision != "fp32" else []
@@ -139,7 +155,7 @@ def export_model(module: nn.Module, path: str | Path, info: BundleInfo) -> None:
     shipped = _shipped(module, info)
     with workshop(Path(path)) as shop:
         made = _write_onnx(shipped, shop, info)
-        _compare(_runner(made), shipped, info, info.precision)
+        _compare(_runner(made).run, shipped, info, info.precision)
         place(made, Path(path))
 
 
@@ -149,11 +165,12 @@ def bundle_info(
     *,
     weights: str = "",
     accuracy: dict[str, Any] | None = None,
+    sure: float | None = None,
 ) -> BundleInfo:
     """What a bundle of `trained` says of itself, with torch's answers to the check pictures.
 
     architecture: the name of the model; weights: sha256 of its file, "" where there is none;
-    accuracy: as in `BundleInfo`.
+    accuracy, sure: as in `BundleInfo`.
     """
     module, preprocess = trained.module, trained.preprocess
     info = BundleInfo(
@@ -170,6 +187,7 @@ def bundle_info(
         thresholds=trained.thresholds,
         reduction=trained.reduction,
         versions=_versions(),
+        sure=sure,
     )
     shipped = _shipped(module, info)
     checks = range(CHECKS)
@@ -213,7 +231,26 @@ def _described(folder: Path, home: Path) -> tuple[Trained, BundleInfo, list[str]
         )
     accuracy, remarks = _accuracy(home / "report.json")
     name = str(read_config(folder)["architecture"])
-    return trained, bundle_info(trained, name, weights=weights, accuracy=accuracy), remarks
+    sure = None if trained.thresholds else sure_from(home / "predictions.csv")
+    info = bundle_info(trained, name, weights=weights, accuracy=accuracy, sure=sure)
+    return trained, info, remarks
+
+
+def sure_from(table: Path) -> float | None:
+    """The confidence from which SURE of a run's validation pictures were named rightly.
+
+    table: its predictions.csv. None where it is missing or damaged, or too few pictures are to
+    tell.
+    """
+    try:
+        with table.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["split"] == "val"]
+        confidence = np.array([float(row["confidence"]) for row in rows])
+        right = np.array([row["correct"] == "1" for row in rows], bool)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return None
+    found = threshold_for(confidence, right, SURE)
+    return found if found is not None and 0 < found <= 1 else None
 
 
 def _accuracy(report: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -240,12 +277,13 @@ def _versions() -> dict[str, str]:
 
 
 def _shipped(module: nn.Module, info: BundleInfo) -> Shipped:
-    return Shipped(module.eval(), info.preprocess, info.temperature, info.task).eval()
+    kind = Explained if info.explains else Shipped
+    return kind(module.eval(), info.preprocess, info.temperature, info.task).eval()
 
 
 @torch.inference_mode()
 def _answers(shipped: Shipped, pictures: np.ndarray) -> np.ndarray:
-    return shipped(torch.from_numpy(pictures)).numpy()
+    return shipped.probabilities(torch.from_numpy(pictures)).numpy()
 
 
 def _traced(shipped: Shipped, info: BundleInfo, finish: Callable[[Any], Any]) -> Any:
@@ -355,7 +393,36 @@ def _other(worst: float, limit: float) -> DataError:
     )
 
 
-def _runner(path: Path) -> Run:
-    """A call that runs the ONNX file, or OpenVINO's pair, on uint8 pictures (B, H, W, 3)."""
+@torch.inference_mode()
+def _compare_patches(
+    engine: BundleEngine, shipped: Shipped, info: BundleInfo, precision: str
+) -> None:
+    """The scores of `engine` beside torch's, at batches of 1, 2 and 3; of int8 only their shape.
+
+    Raises DataError where they are too far apart. Pictures of which two classes are as probable are
+    left out: their scores are of either.
+    """
+    pictures = check_pictures(shipped.size, max(BATCHES))
+    for n in BATCHES:
+        _, found = engine.explain(pictures[:n])
+        said, wanted = (one.numpy() for one in shipped(torch.from_numpy(pictures[:n])))
+        far = float("inf")
+        if found.shape == wanted.shape and np.isfinite(found).all():
+            same = np.ones(n, bool) if precision == "fp32" else np.zeros(n, bool)
+            if said.shape[1] > 1:
+                best = -np.sort(-said, axis=1)
+                same &= best[:, 0] - best[:, 1] > 2 * CLOSE
+            scale = max(1.0, float(np.abs(wanted).max()))
+            far = float(np.abs(found - wanted)[same].max(initial=0.0)) / scale
+        if not far <= CLOSE:
+            raise DataError(
+                f"the exported graph gives other scores of patches than torch (by {far:.2g})",
+                f"a difference of {CLOSE:g} at most",
+                "export without --explain, and report this with the model's name",
+            )
+
+
+def _runner(path: Path) -> BundleEngine:
+    """What runs the ONNX file, or OpenVINO's pair, on uint8 pictures (B, H, W, 3)."""
     engine = "openvino" if path.suffix == SUFFIX["openvino"] else "onnxruntime"
-    return open_engine(read_bundle(path), engine, threads=usable_cores()).run
+    return open_engine(read_bundle(path), engine, threads=usable_cores())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.deploy.bundle import INPUT, OUTPUT, needed
+from crosspatch.deploy.bundle import INPUT, OUTPUT, PATCHES, needed
 from crosspatch.deploy.quantise import HEAD, LINEAR, PRODUCTS
 from crosspatch.tasks import activate
 
@@ -37,6 +37,7 @@ class Shipped(nn.Module):
     multilabel. H and W are `preprocess.size`.
     """
 
+    explains = False
     mean: Tensor
     std: Tensor
 
@@ -56,7 +57,11 @@ class Shipped(nn.Module):
             values = 255 * torch.tensor(getattr(preprocess, name))[:, None, None]
             self.register_buffer(name, values, persistent=False)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Any:
+        return self.probabilities(image)
+
+    def probabilities(self, image: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> probabilities (B, K)."""
         return self.answer(self.normalised(image))
 
     def normalised(self, image: Tensor) -> Tensor:
@@ -99,6 +104,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
     """
     needed("onnx")
     needed("onnxscript")
+    outputs = len(program.graph_signature.user_outputs)
     with _quiet():
         made = torch.onnx.export(
             program,
@@ -106,12 +112,14 @@ def to_onnx(program: torch.export.ExportedProgram) -> Any:
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=[OUTPUT, PATCHES][:outputs],
             external_data=False,
             verbose=False,
             custom_translation_table=_translations(),
         )
     model: Any = made and made.model_proto
+    if outputs > 1:
+        _merge_same(model.graph)
     _name_products(model.graph)
     _strip(model)
     return model
@@ -178,6 +186,26 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _merge_same(graph: Any) -> None:
+    """Nodes that compute what an earlier one does give way to it: the scores of patches ask for
+    much that the answer has needed already."""
+    renamed: dict[str, str] = {}
+    known: dict[Any, Any] = {}
+    kept, last = [], {output.name for output in graph.output}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = renamed.get(name, name)
+        settings = sorted(one.SerializeToString() for one in node.attribute)
+        key = (node.domain, node.op_type, *node.input, None, *settings, len(node.output))
+        first = known.setdefault(key, node)
+        if first is node or last & set(node.output):
+            kept.append(node)
+        else:
+            renamed |= dict(zip(node.output, first.output, strict=True))
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
 def _name_products(graph: Any) -> None:
     """Name products by weights after their modules, while the exporter's notes still stand."""
     products = {}
@@ -196,9 +224,9 @@ def _name_products(graph: Any) -> None:
 
 
 def _last_products(graph: Any, products: set[int]) -> set[int]:
-    """Of the given nodes those from which the output is reached without passing another."""
+    """Of the given nodes those from which the answer is reached without passing another."""
     makers = {name: node for node in graph.node for name in node.output}
-    found, seen, waiting = set(), set(), [output.name for output in graph.output]
+    found, seen, waiting = set(), set(), [graph.output[0].name]
     while waiting:
         node = makers.get(waiting.pop())
         if node is None or id(node) in seen:

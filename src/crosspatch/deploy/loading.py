@@ -12,11 +12,9 @@ import hashlib
 from pathlib import Path
 
 from crosspatch.deploy.bundle import Bundle, read_bundle
-from crosspatch.deploy.choice import choose
-from crosspatch.deploy.engines import ENGINES, Engine, Setting, open_engine
+from crosspatch.deploy.choice import open_bundle
 from crosspatch.deploy.predictor import Predictor
 from crosspatch.errors import UsageError, near
-from crosspatch.processor import usable_cores
 
 MANY = 16  # pictures at once, for a choice by measuring where there are several
 
@@ -67,26 +65,6 @@ def load(
     info = bundle.info
     told = {"thresholds": info.thresholds, "reduction": info.reduction}
     return Predictor(opened, info.classes, info.preprocess, info, **told)
-
-
-def open_bundle(
-    bundle: Bundle, engine: str = "auto", threads: int | None = None, batch: int = 1
-) -> Engine:
-    """The engine that `engine` names for a bundle. Raises as `load` does."""
-    name, _, precision = engine.partition("-")
-    if name == "torch":
-        raise UsageError(
-            f"engine torch for {bundle.path}",
-            "torch runs the folder of a run; a bundle is for onnxruntime or openvino",
-            "name the folder of the run, or leave --engine out",
-        )
-    if threads is not None and engine != "auto":
-        return open_engine(bundle, name, precision or None, threads)
-    if precision:  # its threads are those that serve fp32 best; refused before that is measured
-        open_engine(bundle, name, precision, usable_cores())
-    chosen = choose(bundle, batch, ENGINES if name == "auto" else [name], threads)
-    wanted = Setting(chosen.engine, precision or chosen.precision, threads or chosen.threads)
-    return open_engine(bundle, *wanted)
 
 
 def run_of(bundle: Bundle) -> Path | None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from crosspatch.data.labels import SEPARATOR
 from crosspatch.deploy.bundle import Bundle, check_pictures
-from crosspatch.deploy.engines import Engine, Setting, available, open_engine
+from crosspatch.deploy.engines import TOLERANCE, Engine, Setting, available, open_engine
 from crosspatch.deploy.loading import MANY, weights_hash
 from crosspatch.deploy.predictor import Failure, Picture, Predictor, decide
 from crosspatch.errors import CrosspatchError, DataError, UsageError
@@ -34,8 +34,6 @@ from crosspatch.processor import usable_cores
 if TYPE_CHECKING:
     from crosspatch.deploy.torch_engine import TorchEngine
 
-TOLERANCE = 1e-3
-"""Largest difference of a probability in fp32; engines sum in another order than torch does."""
 AGREEMENT = 0.97
 """Least share of pictures to which int8 must give the class that the reference gives."""
 UNEXPLAINED = 0.01
