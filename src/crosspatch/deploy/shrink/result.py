@@ -132,9 +132,10 @@ class Shrunk:
     base: key of the candidate that is the run as it is (fp32, the first engine); machine:
     processor, cores, versions; rows: every candidate, in the order they were measured; chosen: its
     key, "" where nothing fits; nearest: the key of what came nearest then; test: {"pictures",
-    "original", "chosen" (named rightly), "drop", "low", "high"} on the run's test pictures, {} where
-    there were none or nothing was chosen; words: what a person should know, a sentence each; left:
-    names of candidates for which there was no time; bundle: the file that was written, "" for none.
+    "original", "chosen" (named rightly), "drop", "low", "high"} on the run's test pictures, {}
+    where there were none or nothing was chosen; words: what a person should know, a sentence each;
+    left: names of candidates for which there was no time; bundle: the file that was written, "" for
+    none.
     """
 
     run: str
@@ -218,9 +219,11 @@ def row_from_json(given: dict[str, Any]) -> Measured:
 
 
 def _took_from(given: dict[str, Any]) -> Took:
-    speeds = {name: given[name] for name in ("base", "original", "float_")}
-    found = {name: None if one is None else Speed(**one) for name, one in speeds.items()}
-    return Took(**(given | found))
+    values = dict(given)
+    for name in ("base", "original", "float_"):
+        if values[name] is not None or name != "float_":
+            values[name] = Speed(**values[name])
+    return Took(**values)
 
 
 def dumps(shrunk: Shrunk) -> str:
