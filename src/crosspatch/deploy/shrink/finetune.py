@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--finetune 10m`: networks with fewer tokens learn on for a while, to get back what that cost.
+
+The run's own loop trains the run's own weights with the reduction in them, on the run's pictures,
+split and recipe, at a tenth of its rate; the run as it was is the teacher (`objectives.distill`,
+where a picture has one class). Pictures are read once for all, and the time asked for is spent on
+steps and validations alone: how many fit is computed from measured ones. Validation chooses the
+weights, as in any training; the test pictures are not looked at.
+
+Each is a run folder, RUN/shrink/finetuned-…, which eval, export and predict read, and which goes on
+where it was when it is killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from crosspatch.data.skipped import write_skipped
+from crosspatch.data.sources import Source
+from crosspatch.data.split import Split, read_split
+from crosspatch.deploy.shrink.result import Budget, Measured
+from crosspatch.deploy.torch_engine import torch_threads
+from crosspatch.errors import DataError, UsageError
+from crosspatch.layers import linear
+from crosspatch.tokens import spec
+from crosspatch.training import machine as machines
+from crosspatch.training import measure
+from crosspatch.training import plan as plans
+from crosspatch.training.guard import NotFinite
+from crosspatch.training.judge import finish
+from crosspatch.training.loop import fit
+from crosspatch.training.measure import resolve_products
+from crosspatch.training.mix import ATTENTIVE
+from crosspatch.training.objective import SUPERVISED, make_objective
+from crosspatch.training.package import WEIGHTS, file_hash
+from crosspatch.training.pictures import Pictures, open_source, read_pictures
+from crosspatch.training.recipe import Recipe
+from crosspatch.training.recipes import load_recipe, small
+from crosspatch.training.reporter import Reporter, Silent
+from crosspatch.training.run import RunFolder
+from crosspatch.training.start import versions_of
+from crosspatch.training.warmstart import saved_model
+
+MOST = 3
+"""Reductions that share the time."""
+RATE = 0.1  # of the run's peak rate
+WARMUP = 0.05  # of the steps
+EVAL_SHARE = 0.1  # of the time, that validation may take
+SPARE = 0.03  # of the time
+DISTILL = {"kind": "soft", "alpha": 0.5, "tau": 2.0}
+FOLDER = "finetuned-"
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A reduction of the run that is worth training: what it is called, and what it does."""
+
+    name: str
+    method: str
+    options: dict[str, Any]
+
+    @property
+    def reduction(self) -> str:
+        """As `tokens.spec` writes it."""
+        return spec.spell(self.method, self.options)
+
+    def folder(self, shop: Path, seconds: float) -> Path:
+        """Where it is trained for so long: the same for the same search, so that it is found."""
+        digest = hashlib.sha256(f"{self.reduction} {seconds:.3f}".encode()).hexdigest()[:8]
+        return shop / f"{FOLDER}{re.sub(r'[^a-z0-9]+', '-', self.method)}-{digest}"
+
+
+class Finetuned(NamedTuple):
+    """A pupil that has learnt: name: with how long, folder: its run, seconds: of steps and
+    validations, over all resumes."""
+
+    pupil: Pupil
+    name: str
+    folder: Path
+    seconds: float
+    steps: int
+
+
+def pupils(rows: Sequence[Measured], budget: Budget, most: int = MOST) -> list[Pupil]:
+    """The reductions that lose too much and promise most, at most `most`.
+
+    Those that are faster than all that is accurate enough already (others bring nothing), and of
+    them those that no other beats in speed and accuracy at once; those within the latency asked
+    for come first, then those that lose least.
+    """
+    rows = _distinct(one for one in rows if one.method and not one.run)
+    fine = [_cost(one, budget) for one in rows if one.points <= budget.max_drop and one.latency]
+    slow = min(fine, default=math.inf)
+    losing = [one for one in rows if one.points > budget.max_drop and _cost(one, budget) < slow]
+    front = [
+        one
+        for one in losing
+        if not any(
+            _cost(other, budget) <= _cost(one, budget) and other.drop < one.drop for other in losing
+        )
+    ]
+    late = lambda one: budget.latency is not None and _cost(one, budget) > budget.latency
+    front.sort(key=lambda one: (late(one), one.drop, _cost(one, budget)))
+    return [Pupil(one.name, one.method, one.options) for one in front[:most]]
+
+
+def _distinct(rows: Iterable[Measured]) -> list[Measured]:
+    """One row for each reduction: float where there is one, the fastest of those."""
+    best: dict[str, Measured] = {}
+    order = lambda one: (one.precision not in ("fp32", ""), not one.latency, _fastest(one))
+    for one in sorted(rows, key=order):
+        best.setdefault(spec.spell(one.method, one.options), one)
+    return list(best.values())
+
+
+def _fastest(one: Measured) -> float:
+    return min((took.median for took in one.latency.values()), default=math.inf)
+
+
+def _cost(one: Measured, budget: Budget) -> float:
+    """Seconds of one picture where the budget means them; inf where it was not timed."""
+    if budget.threads is not None:
+        took = one.latency.get(budget.threads)
+        return took.median if took else math.inf
+    return _fastest(one)
+
+
+def finetune(
+    run: str | Path,
+    chosen: Sequence[Pupil],
+    seconds: float,
+    *,
+    data: str | Path | None = None,
+    shop: Path | None = None,
+    reporter: Reporter | None = None,
+    begins: Callable[[Pupil, float], None] = lambda *_: None,
+) -> list[Finetuned]:
+    """Train the `chosen` reductions of a run, each an equal part of `seconds`.
+
+    data: where the run's pictures are, None: where they were; shop: the folder for them, None:
+    RUN/shrink; begins: is told of each and its seconds before it is trained. What was trained by an
+    earlier call is not trained again, and what was interrupted goes on. One whose loss stops being
+    finite is left out, and the reporter told.
+    Raises UsageError where not even a step fits into the time, DataError where the pictures are no
+    longer the run's; Interrupted (exit code 4) after a signal, with the state saved.
+    """
+    run, tell = Path(run), reporter or Silent()
+    school = _School(run, data, shop or run / "shrink", seconds / max(1, len(chosen)), tell)
+    found = list[Finetuned]()
+    with _settings_kept():
+        for pupil in chosen:
+            if not school.ended(pupil):
+                begins(pupil, school.seconds)
+            try:
+                found.append(school.teach(pupil))
+            except UsageError as error:
+                if not isinstance(error.__cause__, NotFinite):
+                    raise
+                tell.message(f"{pupil.name} was not fine-tuned: {error.got}")
+    return found
+
+
+class _School:
+    """Trains reductions of the run in `run` for `seconds` each, into folders of `shop`."""
+
+    def __init__(
+        self, run: Path, data: str | Path | None, shop: Path, seconds: float, tell: Reporter
+    ) -> None:
+        self.run, self.shop, self.seconds, self.tell = run, shop, seconds, tell
+        self.config = RunFolder(run).read_config()
+        self.data = str(data if data is not None else self.config["run"]["data"])
+        path = (run / "model").resolve()
+        kept = {"kind": "run", "where": str(run), "path": str(path)}
+        self.origin = kept | {"sha256": file_hash(path / WEIGHTS)}
+
+    @cached_property
+    def source(self) -> Source:
+        """The run's pictures. Raises DataError where they are others now."""
+        source = open_source(self.data, **self.config.get("reading", {}))
+        if source.fingerprint() != self.config["run"]["fingerprint"]:
+            raise DataError(
+                f"the pictures of {self.data} are not those that {self.run} was trained on",
+                "the same pictures: others might judge what they have taught",
+                "put them back, or say where they are with --data",
+            )
+        return source
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """Read once for all. The test pictures are in no part of it."""
+        recipe = Recipe.from_dict(self.config["recipe"])
+        split = read_split(self.run / "split.csv", self.source)
+        unseen = Split(split.train, split.val, np.empty(0, np.int64))
+        prepared = read_pictures(self.source, recipe, self.tell)
+        return Pictures(self.source, prepared, unseen, self.source.fingerprint())
+
+    def folder(self, pupil: Pupil) -> RunFolder:
+        return RunFolder(pupil.folder(self.shop, self.seconds))
+
+    def ended(self, pupil: Pupil) -> bool:
+        """Whether it was trained to its end, from the weights that the run has now."""
+        folder = self.folder(pupil)
+        return folder.ended and not self._stale(folder)
+
+    def _stale(self, folder: RunFolder) -> bool:
+        """Whether what the folder holds began with other weights, or cannot find them any more."""
+        if not folder.config_path.is_file():
+            return False
+        its = folder.read_config().get("recipe", {}).get("weights", {})
+        same = ("sha256",) if folder.ended else ("sha256", "path")
+        return any(its.get(key) != self.origin[key] for key in same)
+
+    def teach(self, pupil: Pupil) -> Finetuned:
+        """Train it, or go on with it; read what came out where it has ended."""
+        folder = self.folder(pupil)
+        if not self.ended(pupil):
+            self._train(pupil, folder, stale=self._stale(folder))
+        report = json.loads(folder.report_path.read_text(encoding="utf-8"))
+        seconds, steps = float(report["seconds"]), int(report["steps"])
+        name = f"{pupil.name}, fine-tuned {lasting(seconds)}"
+        return Finetuned(pupil, name, folder.path, seconds, steps)
+
+    def _train(self, pupil: Pupil, folder: RunFolder, stale: bool) -> None:
+        begun = folder.unfinished and not stale
+        with RunFolder.create(folder.path, overwrite=stale, resume=begun) as run:
+            if begun:
+                config = run.read_config()
+                recipe = Recipe.from_dict(config["recipe"])
+            else:
+                recipe, reasons, estimate = self._planned(pupil)
+                config = self._config(recipe, reasons, estimate)
+                self._write(run, config)
+            model = saved_model(run, recipe, len(self.source.classes)) if begun else None
+            objective = make_objective(recipe, self.source.classes, model)
+            facts = {"fingerprint": config["run"]["fingerprint"], "versions": config["versions"]}
+            parts = self.pictures.part("train"), self.pictures.validation
+            outcome = fit(recipe, objective, *parts, run, self.tell, resume=begun, facts=facts)
+            finish(run, recipe, self.pictures, config, outcome, self.tell)
+            shutil.rmtree(run.last)  # nobody goes on with it
+
+    def _planned(self, pupil: Pupil) -> tuple[Recipe, list[str], float]:
+        """(the run's recipe from its weights at a low rate, as long as fits; what is to be said of
+        it; its seconds). Raises UsageError where nothing fits."""
+        before = Recipe.from_dict(self.config["recipe"])
+        recipe = resolve_products(self._gentle(before, pupil))
+        objective = make_objective(replace(recipe, weights={}), self.source.classes)
+        per_step = measure.measure_step(recipe, objective, self.pictures.part("train"))
+        per_eval = measure.measure_evaluation(recipe, objective, self.pictures.validation)
+        recipe = fitted(recipe, per_step, per_eval, self.seconds)
+        reasons = [
+            f"{pupil.reduction} in the network of {self.run}, which goes on from its weights for "
+            f"{recipe.steps:,} steps at a peak rate of {recipe.lr:.2g}.",
+            *objective.remarks,
+            "The test pictures of that run were not looked at.",
+        ]
+        return recipe, reasons, plans.run_seconds(recipe, per_step, per_eval)
+
+    def _gentle(self, before: Recipe, pupil: Pupil) -> Recipe:
+        """The run's recipe for a network that knows its work: everything that is not said here
+        stays, but for the length."""
+        machine = machines.look()
+        if before.penalties:  # a linear probe has neither rate nor optimiser
+            rate = small.peak_rate(before.batch)
+            before = replace(before, name="small", lr=rate, optimiser=small.OPTIMISER)
+        peak = RATE * before.lr
+        mixing = [one for one in zip(before.mix, before.mix_prob, before.mix_alpha, strict=True)
+                  if one[0] not in ATTENTIVE]  # fmt: skip
+        names, chances, alphas = zip(*mixing, strict=True) if mixing else ((), (), ())
+        learnt: dict[str, Any] = {"objective": SUPERVISED, "objective_args": {}, "teacher": {}}
+        if before.task == "classify":
+            learnt = {"objective": "distill", "objective_args": DISTILL, "teacher": self.origin}
+        if before.device != machine.device:
+            precision = "bf16" if machine.bf16 else "fp32"
+            before = replace(before, device=machine.device, precision=precision)
+        return replace(
+            before,
+            weights=self.origin,
+            head_rows=tuple(range(len(self.source.classes))),
+            reduce=pupil.reduction,
+            **learnt,
+            labels={}, sizes=(), penalties=(), freeze=0, layer_decay=1.0, sam=0.0, stages=(),
+            schedule="cosine", deferred=0.0, warmup=0,
+            lr=peak, min_lr=load_recipe(before.name).last_rate(peak),
+            mix=names, mix_prob=chances, mix_alpha=alphas,
+            threads=min(before.threads, machine.cores), devices=1, compile=False,
+            workers=0 if self.pictures.prepared.images.cached else max(1, machine.cores - 1),
+            time_budget=self.seconds,
+        )  # fmt: skip
+
+    def _config(self, recipe: Recipe, reasons: list[str], estimate: float) -> dict[str, Any]:
+        """As `training.start` writes it."""
+        about = self.config["run"]
+        asked = {key: getattr(recipe, key)["where"] for key in ("weights", "teacher")
+                 if getattr(recipe, key)}  # fmt: skip
+        return {
+            "run": {
+                "data": self.data,
+                "command": shlex.join(sys.argv),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "fingerprint": about["fingerprint"],
+                "estimate_seconds": round(estimate, 1),
+                "memory": self.pictures.prepared.message,
+            },
+            "reading": self.config.get("reading", {}),
+            "why": {"reasons": reasons},
+            "asked": {**asked, "reduce": recipe.reduce, "lr": recipe.lr, "steps": recipe.steps},
+            "machine": machines.look().to_dict(),
+            "versions": versions_of(recipe),
+            "recipe": recipe.to_dict(),
+        }
+
+    def _write(self, run: RunFolder, config: dict[str, Any]) -> None:
+        run.write_classes(self.source.classes)
+        shutil.copy(self.run / "split.csv", run.path / "split.csv")
+        write_skipped(run.path / "skipped.csv", self.pictures.prepared.skipped)
+        run.write_config(config)
+
+
+def fitted(recipe: Recipe, per_step: float, per_eval: float, seconds: float) -> Recipe:
+    """The recipe with as many steps as fit into `seconds` beside their validations, `per_step` and
+    `per_eval` being measured. Raises UsageError where not even one does."""
+    per_epoch = recipe.steps_per_epoch
+    every = max(1, math.ceil(per_eval / (EVAL_SHARE * per_step * per_epoch)))
+    each = per_step + per_eval / (every * per_epoch)
+    steps = int((seconds * (1 - SPARE) - per_eval) / each)
+    if steps < 1:
+        raise UsageError(
+            f"{seconds:.1f} s for the fine-tuning of a candidate",
+            f"at least {(each + per_eval) / (1 - SPARE):.1f} s: one step and one validation",
+            "give --finetune more time",
+        )
+    steps = min(steps, load_recipe(recipe.name).EPOCHS_MOST * per_epoch)
+    return replace(recipe, steps=steps, eval_every=every, warmup=round(WARMUP * steps))
+
+
+def lasting(seconds: float) -> str:
+    """For a name: 0.4 s, 12 s, 4 min, 1.5 h."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """A training sets how this process multiplies: afterwards it is as it was."""
+    before = "on" if linear.active() else "off"
+    with torch_threads(torch.get_num_threads()), linear.switched(before):
+        yield
