@@ -13,18 +13,17 @@ where it was when it is killed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +33,11 @@ import torch
 from crosspatch.data.skipped import write_skipped
 from crosspatch.data.sources import Source
 from crosspatch.data.split import Split, read_split
-from crosspatch.deploy.shrink.result import Budget, Measured
+from crosspatch.deploy.shrink.candidates import Candidate, Context, register
+from crosspatch.deploy.shrink.pupils import Pupil, pupils
 from crosspatch.deploy.torch_engine import torch_threads
 from crosspatch.errors import DataError, UsageError
 from crosspatch.layers import linear
-from crosspatch.tokens import spec
 from crosspatch.training import machine as machines
 from crosspatch.training import measure
 from crosspatch.training import plan as plans
@@ -48,7 +47,7 @@ from crosspatch.training.loop import fit
 from crosspatch.training.measure import resolve_products
 from crosspatch.training.mix import ATTENTIVE
 from crosspatch.training.objective import SUPERVISED, make_objective
-from crosspatch.training.package import WEIGHTS, file_hash
+from crosspatch.training.package import WEIGHTS, file_hash, load_model
 from crosspatch.training.pictures import Pictures, open_source, read_pictures
 from crosspatch.training.recipe import Recipe
 from crosspatch.training.recipes import load_recipe, small
@@ -57,33 +56,11 @@ from crosspatch.training.run import RunFolder
 from crosspatch.training.start import versions_of
 from crosspatch.training.warmstart import saved_model
 
-MOST = 3
-"""Reductions that share the time."""
 RATE = 0.1  # of the run's peak rate
 WARMUP = 0.05  # of the steps
 EVAL_SHARE = 0.1  # of the time, that validation may take
 SPARE = 0.03  # of the time
 DISTILL = {"kind": "soft", "alpha": 0.5, "tau": 2.0}
-FOLDER = "finetuned-"
-
-
-@dataclass(frozen=True)
-class Pupil:
-    """A reduction of the run that is worth training: what it is called, and what it does."""
-
-    name: str
-    method: str
-    options: dict[str, Any]
-
-    @property
-    def reduction(self) -> str:
-        """As `tokens.spec` writes it."""
-        return spec.spell(self.method, self.options)
-
-    def folder(self, shop: Path, seconds: float) -> Path:
-        """Where it is trained for so long: the same for the same search, so that it is found."""
-        digest = hashlib.sha256(f"{self.reduction} {seconds:.3f}".encode()).hexdigest()[:8]
-        return shop / f"{FOLDER}{re.sub(r'[^a-z0-9]+', '-', self.method)}-{digest}"
 
 
 class Finetuned(NamedTuple):
@@ -97,50 +74,6 @@ class Finetuned(NamedTuple):
     steps: int
 
 
-def pupils(rows: Sequence[Measured], budget: Budget, most: int = MOST) -> list[Pupil]:
-    """The reductions that lose too much and promise most, at most `most`.
-
-    Those that are faster than all that is accurate enough already (others bring nothing), and of
-    them those that no other beats in speed and accuracy at once; those within the latency asked
-    for come first, then those that lose least.
-    """
-    rows = _distinct(one for one in rows if one.method and not one.run)
-    fine = [_cost(one, budget) for one in rows if one.points <= budget.max_drop and one.latency]
-    slow = min(fine, default=math.inf)
-    losing = [one for one in rows if one.points > budget.max_drop and _cost(one, budget) < slow]
-    front = [
-        one
-        for one in losing
-        if not any(
-            _cost(other, budget) <= _cost(one, budget) and other.drop < one.drop for other in losing
-        )
-    ]
-    late = lambda one: budget.latency is not None and _cost(one, budget) > budget.latency
-    front.sort(key=lambda one: (late(one), one.drop, _cost(one, budget)))
-    return [Pupil(one.name, one.method, one.options) for one in front[:most]]
-
-
-def _distinct(rows: Iterable[Measured]) -> list[Measured]:
-    """One row for each reduction: float where there is one, the fastest of those."""
-    best: dict[str, Measured] = {}
-    order = lambda one: (one.precision not in ("fp32", ""), not one.latency, _fastest(one))
-    for one in sorted(rows, key=order):
-        best.setdefault(spec.spell(one.method, one.options), one)
-    return list(best.values())
-
-
-def _fastest(one: Measured) -> float:
-    return min((took.median for took in one.latency.values()), default=math.inf)
-
-
-def _cost(one: Measured, budget: Budget) -> float:
-    """Seconds of one picture where the budget means them; inf where it was not timed."""
-    if budget.threads is not None:
-        took = one.latency.get(budget.threads)
-        return took.median if took else math.inf
-    return _fastest(one)
-
-
 def finetune(
     run: str | Path,
     chosen: Sequence[Pupil],
@@ -149,31 +82,61 @@ def finetune(
     data: str | Path | None = None,
     shop: Path | None = None,
     reporter: Reporter | None = None,
-    begins: Callable[[Pupil, float], None] = lambda *_: None,
-) -> list[Finetuned]:
-    """Train the `chosen` reductions of a run, each an equal part of `seconds`.
+) -> Iterator[Finetuned]:
+    """Train the `chosen` reductions of a run one after the other, each an equal part of `seconds`.
 
     data: where the run's pictures are, None: where they were; shop: the folder for them, None:
-    RUN/shrink; begins: is told of each and its seconds before it is trained. What was trained by an
-    earlier call is not trained again, and what was interrupted goes on. One whose loss stops being
-    finite is left out, and the reporter told.
+    RUN/shrink. What was trained by an earlier call is not trained again, and what was interrupted
+    goes on. One whose loss stops being finite is left out, and the reporter told.
     Raises UsageError where not even a step fits into the time, DataError where the pictures are no
     longer the run's; Interrupted (exit code 4) after a signal, with the state saved.
     """
     run, tell = Path(run), reporter or Silent()
     school = _School(run, data, shop or run / "shrink", seconds / max(1, len(chosen)), tell)
-    found = list[Finetuned]()
-    with _settings_kept():
-        for pupil in chosen:
-            if not school.ended(pupil):
-                begins(pupil, school.seconds)
-            try:
-                found.append(school.teach(pupil))
-            except UsageError as error:
-                if not isinstance(error.__cause__, NotFinite):
-                    raise
-                tell.message(f"{pupil.name} was not fine-tuned: {error.got}")
-    return found
+    for place, pupil in enumerate(chosen, 1):
+        if not school.ended(pupil):
+            tell.message(
+                f"fine-tuning {place} of {len(chosen)}: {pupil.name}, {lasting(school.seconds)}"
+            )
+        try:
+            with _settings_kept():
+                done = school.teach(pupil)
+        except UsageError as error:
+            if not isinstance(error.__cause__, NotFinite):
+                raise
+            tell.message(f"{pupil.name} was not fine-tuned: {error.got}")
+            continue
+        yield done
+
+
+@register("finetuned")
+def finetuned(context: Context) -> Iterator[Candidate]:
+    """The networks with fewer tokens that lose too much, after they have learnt on for
+    `context.further["finetune"]` seconds together, which are not the search's own.
+
+    `context.further["reporter"]`, if there is one, hears how that goes.
+    """
+    seconds = context.further.get("finetune")
+    chosen = pupils(context.rows, context.budget) if seconds else []
+    if seconds and not chosen:
+        context.remarks.append(
+            "nothing was fine-tuned: no faster network with fewer tokens loses more than the budget"
+        )
+    how = {"data": context.data, "reporter": context.further.get("reporter")}
+    lessons, began = finetune(context.run, chosen, seconds or 0.0, **how), time.monotonic()
+    try:
+        for one in lessons if chosen else ():
+            context.until += time.monotonic() - began
+            yield Candidate(
+                one.name, "finetuned", partial(load_model, one.folder), one.pupil.macs,
+                one.pupil.method, one.pupil.options,
+                screen=True, trained=one.seconds, run=str(one.folder),
+            )  # fmt: skip
+            began = time.monotonic()
+    except UsageError as error:  # the time does not hold a step
+        context.remarks.append(
+            f"nothing was fine-tuned: {error.got}, and it takes {error.expected}"
+        )
 
 
 class _School:
