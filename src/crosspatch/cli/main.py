@@ -42,6 +42,7 @@ VERBS = {
     "export": ("crosspatch.cli.export:export", "Write a run as one file for other programs."),
     "verify": ("crosspatch.cli.verify:verify", "Compare a bundle with the model it was made of."),
     "label": ("crosspatch.cli.label:label", "Let a teacher label every patch of the pictures."),
+    "shrink": ("crosspatch.cli.shrink:shrink", "Make a run as small and fast as a budget asks."),
     "bench": ("crosspatch.cli.bench:bench", "Measure how fast every engine runs a model here."),
     "compare": ("crosspatch.cli.compare:compare", "Find out which way to train is better."),
     "papers": ("crosspatch.cli.papers:papers", "Look up the papers behind all this."),
