@@ -40,6 +40,15 @@ def bytes_(hint: Any, tokens: Sequence[Token]) -> int:
     return int(float(match[1]) * _BYTES[match[2]])
 
 
+def lasting(hint: Any, tokens: Sequence[Token]) -> float:
+    """`10m` in seconds; raises UsageError that names --finetune."""
+    try:
+        return seconds(hint, tokens)
+    except UsageError as error:
+        swap = lambda text: text.replace("--time", "--finetune")
+        raise UsageError(swap(error.got), error.expected, swap(error.do)) from error
+
+
 def points(hint: Any, tokens: Sequence[Token]) -> float:
     """Percentage points from 0 to 100; raises UsageError for anything else."""
     text = tokens[0].value.strip()
@@ -63,6 +72,9 @@ def shrink(
     time: Annotated[
         float | None, Parameter(converter=seconds, metavar="5m", show_default="by the network")
     ] = None,
+    finetune: Annotated[
+        float | None, Parameter(converter=lasting, n_tokens=1, metavar="10m")
+    ] = None,
     data: Annotated[str | None, Parameter(metavar="DATA")] = None,
     out: Annotated[Path | None, Parameter(metavar="FILE")] = None,
     resume: bool = False,
@@ -85,6 +97,8 @@ def shrink(
         Threads that the latency is about (left alone: what is fastest here, for each).
     time
         At most about this long.
+    finetune
+        Let networks with fewer tokens that lose too much learn on, for so long beside the search.
     data
         Where the run's pictures are now, when they have moved.
     out
@@ -106,6 +120,8 @@ def shrink(
             data=data,
             out=out,
             seconds=time,
+            finetuning=finetune,
+            reporter=screen,
             resume=resume,
             report=screen,
         )
@@ -166,24 +182,28 @@ def _next(found: Shrunk) -> list[str]:
 
 
 def _head(screen: Any, counts: Sequence[int]) -> None:
-    times = "".join(f"{f'{n} thr.':>9}" for n in counts)
-    screen.line(f"  {'':22}{times}{'speed':>7}{'MB':>7}{'right':>7}  drop", "cyan")
+    times = "".join(f"{f'{n} thr':>8}" for n in counts)
+    screen.line(f"  {'milliseconds with':24}{times}{'speed':>7}{'MB':>6}{'right':>6} drop", "cyan")
 
 
 def _row(one: Measured, counts: Sequence[int]) -> str:
-    times = "".join(f"{_milliseconds(one.latency[n].median):>9}" for n in counts)
+    times = "".join(f"{_milliseconds(one.latency[n].median):>8}" for n in counts)
     _, took = one.best()
-    drop = f"{one.points:5.2f} ({100 * one.low:.1f}–{100 * one.high:.1f})"
+    drop = f"{one.points:4.1f} ({100 * one.low:.1f}–{100 * one.high:.1f})"
     star = " *" if one.on_front else ""
     return (
-        f"  {f'{one.engine} {one.precision}':22}{times}{took.original.median:6.2f}x"
-        f"{(one.size or 0) / 1e6:>7.2f}{100 * one.accuracy:>7.1f} {drop}{star}"
+        f"  {f'{one.engine} {one.precision}':24}{times}{took.original.median:6.2f}x"
+        f"{_short((one.size or 0) / 1e6):>6}{100 * one.accuracy:>6.1f} {drop}{star}"
     )
 
 
 def _milliseconds(seconds: float) -> str:
-    value = 1e3 * seconds
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} ms"
+    return _short(1e3 * seconds)
+
+
+def _short(value: float) -> str:
+    """Three digits where they say something: 0.12, 1.23, 12.3, 123."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def _wrapped(screen: Any, text: str) -> None:

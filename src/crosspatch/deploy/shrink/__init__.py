@@ -26,9 +26,9 @@ from typing import Any
 from crosspatch.deploy.bench import hardware
 from crosspatch.deploy.loading import weights_hash
 from crosspatch.deploy.place import check_place
-from crosspatch.deploy.shrink import choose, words
+from crosspatch.deploy.shrink import choose, finetune, words
 from crosspatch.deploy.shrink.build import Network, written
-from crosspatch.deploy.shrink.candidates import Context
+from crosspatch.deploy.shrink.candidates import AS_IT_IS, Context
 from crosspatch.deploy.shrink.judge import pictures, required
 from crosspatch.deploy.shrink.result import FILE, Budget, Measured, Shrunk, dumps
 from crosspatch.deploy.shrink.search import Report, Search, right_in
@@ -62,7 +62,8 @@ def shrink(
     seconds: float | None = None,
     resume: bool = False,
     report: Report | None = None,
-    further: dict[str, Any] | None = None,
+    finetuning: float | None = None,
+    reporter: Any = None,
 ) -> Shrunk:
     """Look for the best candidate inside a budget, and write it as a bundle.
 
@@ -70,7 +71,8 @@ def shrink(
     seconds of one picture at `threads` (None: at what serves each candidate best); size: bytes;
     data: where the run's pictures are now; out: the bundle (None: RUN/bundle-small.onnx); seconds:
     of the search (None: by the size of the network); resume: go on with what was measured before;
-    further: options of single sources.
+    finetuning: seconds, beside those of the search, in which networks with fewer tokens learn on
+    (None: none); reporter: of those trainings (`training.reporter`).
     Raises UsageError for what cannot be asked here, DataError for a run or pictures that cannot be
     read, Interrupted where Ctrl-C ended it: what was measured is kept.
     """
@@ -92,7 +94,8 @@ def shrink(
         state = entered(folder, identity, resume)
         _prepared(folder, state, budget)
         macs = count_macs(trained.module, (3, *trained.preprocess.size))
-        context = Context(run, trained, macs, budget, folder, data, further=further or {})
+        further = {"finetune": finetuning, "reporter": reporter}
+        context = Context(run, trained, macs, budget, folder, data, further=further)
         try:
             search = Search(context, shown, state, report, threads=counts, seconds=seconds)
             search.run()
@@ -230,7 +233,7 @@ def _export(search: Search, best: Measured, path: Path, tested: dict[str, Any]) 
     network, bundle = search.network_of(best), search.bundle_of(best)
     assert network is not None
     assert bundle is not None
-    if best.method and not best.run:
+    if best.name != AS_IT_IS and not best.run:
         _write_model(search, network)
     n, k = (tested["pictures"], tested["chosen"]) if tested else (best.pictures, best.right)
     low, high = wilson(k, n)
@@ -275,4 +278,4 @@ def _tidy(folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-__all__ = ["Budget", "Measured", "Shrunk", "shrink"]
+__all__ = ["Budget", "Measured", "Shrunk", "finetune", "shrink"]

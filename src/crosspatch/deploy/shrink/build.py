@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from crosspatch.deploy.bundle import KEY, Bundle, needed, read_bundle
 from crosspatch.deploy.export import bundle_info, export_model
@@ -43,12 +41,14 @@ class Network:
         """The model, with the temperature that the bundle has."""
         if self._trained is None:
             made = self.candidate.make()
-            self._trained = made if made.calibrated_on else self._calibrated(made)
+            self._trained = self._calibrated(made) if self.candidate.calibrate else made
         return self._trained
 
     def torch(self) -> Run:
-        """uint8 (B, H, W, 3) -> probabilities (B, K), in torch on the processor."""
-        return TorchEngine(self.trained, device="cpu").run
+        """uint8 (B, H, W, 3) -> probabilities (B, K), in torch on the processor, at the run's own
+        temperature, which changes no answer."""
+        made = self._trained or self.candidate.make()
+        return TorchEngine(made, device="cpu").run
 
     def bundle(self, precision: str = "fp32") -> Bundle:
         """The bundle in a precision, made where it is not there yet. Raises DataError for what
@@ -116,9 +116,3 @@ def written(bundle: Bundle, path: Path, accuracy: dict[str, Any] | None) -> int:
         made.write_bytes(model.SerializeToString())
         read_bundle(made)
         return place(made, path)
-
-
-def still(call: Callable[[], Any]) -> Any:
-    """What `call` gives; torch's draws are as they were afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        return call()

@@ -16,6 +16,7 @@ from typing import Any
 
 from crosspatch.deploy.shrink.result import Budget, Measured
 from crosspatch.errors import CrosspatchError
+from crosspatch.metrics.macs import count_macs
 from crosspatch.tokens.ladder import LADDERS, Options, ladders
 from crosspatch.tokens.reduce import put
 from crosspatch.training.package import Trained
@@ -29,12 +30,12 @@ AS_IT_IS = "as it is"
 class Candidate:
     """A network that can be measured.
 
-    name: what it is called in the table, one of its kind in a search; make: gives the model, its
-    temperature and the number of pictures that was fitted on (0: to be fitted on the validation
-    pictures); macs: multiply-adds of one picture; method, options: of a reduction of tokens;
-    screen: whether it is shown the validation pictures in torch before it is written as a bundle,
-    which costs less than that; trained: seconds of fine-tuning; run: the folder that holds its
-    weights, "" for the run's own.
+    name: what it is called in the table, one of its kind in a search; make: gives the model; macs:
+    multiply-adds of one picture; method, options: of a reduction of tokens; calibrate: whether its
+    temperature is to be fitted on the validation pictures (of several labels to a picture the run's
+    stays, as thresholds belong to it); screen: whether it is shown the validation pictures in torch
+    before it is written as a bundle, which costs less than that; trained: seconds of fine-tuning;
+    run: the run folder that holds its weights, "" for the run's own.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Candidate:
     macs: int
     method: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    calibrate: bool = False
     screen: bool = False
     trained: float = 0.0
     run: str = ""
@@ -50,9 +52,13 @@ class Candidate:
 
 @dataclass
 class Context:
-    """What sources know. rows: what has been measured so far; remarks: gets a sentence for what
-    cannot be tried here; data: where the run's pictures are now, None: where they were; until: the
-    moment (time.monotonic) at which the search ends; further: options of single sources."""
+    """What sources know.
+
+    rows: what had been measured when the source was called; given_up: names of networks that were
+    given up so far; remarks: gets a sentence for what cannot be tried; data: where the run's
+    pictures are now, None: where they were; until: the moment (time.monotonic) at which the search
+    ends; further: options of single sources.
+    """
 
     run: Path
     trained: Trained
@@ -61,6 +67,7 @@ class Context:
     folder: Path
     data: str | None = None
     rows: Sequence[Measured] = ()
+    given_up: set[str] = field(default_factory=set)
     remarks: list[str] = field(default_factory=list)
     until: float = float("inf")
     further: dict[str, Any] = field(default_factory=dict)
@@ -96,71 +103,77 @@ def engines(context: Context) -> Iterable[Candidate]:
 @register("tokens")
 def tokens(context: Context) -> Iterable[Candidate]:
     """The run's network with fewer tokens: every method that it can have and every shape of its
-    schedule, at about SHARES of the multiply-adds."""
-    from crosspatch.metrics.macs import count_macs
-
+    schedule, at about SHARES of the multiply-adds, the weakest first. A shape of which a rung was
+    given up is not climbed further."""
     if context.trained.reduction:
         context.remarks.append(
             f"its tokens are reduced already ({context.trained.reduction}), so no other reduction "
             "was tried"
         )
         return
-    module, shape = context.trained.module, (3, *context.trained.preprocess.size)
-    refused = []
+    found, refused = _ladders(context)
+    if not found:
+        context.remarks.append(f"no tokens can be left out of it: {refused}")
+    for share in SHARES:
+        for ladder in found:
+            if not ladder.names & context.given_up:
+                yield from ladder.rung(share)
+
+
+def _ladders(context: Context) -> tuple[list[_Ladder], str]:
+    """Every shape of every method that the network can have, and why one it cannot is refused."""
+    found, refused = [], ""
     for method in LADDERS:
         try:
-            shapes = ladders(module, method)
+            shapes = ladders(context.trained.module, method)
         except CrosspatchError as error:
-            refused.append(error.got)
+            refused = error.got
             continue
-        for name, rungs in shapes.items():
-
-            def cost(options: Options, method: str = method) -> int:
-                return count_macs(_reduced(module, method, options, meta=True), shape)
-
-            for options, macs in _picked(rungs, cost, context.macs):
-                share = macs / context.macs
-                yield Candidate(
-                    f"{method} {name} {share:.2f}",
-                    "tokens",
-                    partial(_trained, context.trained, method, options),
-                    macs,
-                    method,
-                    options,
-                    screen=True,
-                )
-    if len(refused) == len(LADDERS):
-        context.remarks.append(f"no tokens can be left out of it: {refused[0]}")
+        found += [_Ladder(context, method, shape, rungs) for shape, rungs in shapes.items()]
+    return found, refused
 
 
-def _picked(
-    rungs: Sequence[Options], cost: Callable[[Options], int], whole: int
-) -> list[tuple[Options, int]]:
-    """The rungs whose multiply-adds are nearest to SHARES of `whole`, found by halving, with them;
-    what does not save a twentieth, or cannot be had on this network, is left out."""
-    known: dict[int, int] = {}
+class _Ladder:
+    """The rungs of one shape of schedule, and their multiply-adds as far as they were counted."""
 
-    def at(rung: int) -> int:
-        if rung not in known:
-            try:
-                known[rung] = cost(rungs[rung])
-            except CrosspatchError:
-                known[rung] = 0  # stronger than this network can have
-        return known[rung]
+    def __init__(self, context: Context, method: str, shape: str, rungs: list[Options]) -> None:
+        self.context, self.method, self.shape, self.rungs = context, method, shape, rungs
+        self.names: set[str] = set()
+        self._known: dict[int, int] = {}
+        self._given: set[int] = set()
 
-    for share in SHARES:
-        low, high = 0, len(rungs) - 1
+    def rung(self, share: float) -> Iterable[Candidate]:
+        """The rung whose multiply-adds are nearest to `share` of the whole; none where it was given
+        before, or nothing near it saves a twentieth."""
+        whole = self.context.macs
+        low, high = 0, len(self.rungs) - 1
         while low < high:
             middle = (low + high) // 2
-            if at(middle) <= share * whole:
+            if self._at(middle) <= share * whole:
                 high = middle
             else:
                 low = middle + 1
-        for rung in {low, max(0, low - 1)}:
-            at(rung)
-    able = {rung: macs for rung, macs in known.items() if 0 < macs <= 0.95 * whole}
-    chosen = {min(able, key=lambda rung: abs(able[rung] - s * whole)) for s in SHARES if able}
-    return [(rungs[rung], able[rung]) for rung in sorted(chosen)]
+        able = {n: self._at(n) for n in (low, max(0, low - 1)) if 0 < self._at(n) <= 0.95 * whole}
+        best = min(able, key=lambda n: abs(able[n] - share * whole), default=None)
+        if best is None or best in self._given:
+            return
+        self._given.add(best)
+        name = f"{self.method} {self.shape} {able[best] / whole:.2f}"
+        self.names.add(name)
+        make = partial(_trained, self.context.trained, self.method, self.rungs[best])
+        facts: dict[str, Any] = {"method": self.method, "options": self.rungs[best]}
+        yield Candidate(name, "tokens", make, able[best], **facts, calibrate=True, screen=True)
+
+    def _at(self, rung: int) -> int:
+        """Multiply-adds of a rung, 0 for one that is stronger than this network can have."""
+        if rung not in self._known:
+            trained, options = self.context.trained, self.rungs[rung]
+            try:
+                module = _reduced(trained.module, self.method, options, meta=True)
+                self._known[rung] = count_macs(module, (3, *trained.preprocess.size))
+            except CrosspatchError:
+                self._known[rung] = 0
+        return self._known[rung]
 
 
 def _reduced(module: Any, method: str, options: Options, *, meta: bool = False) -> Any:
@@ -171,6 +184,5 @@ def _reduced(module: Any, method: str, options: Options, *, meta: bool = False) 
 
 
 def _trained(trained: Trained, method: str, options: Options) -> Trained:
-    """The run's model with a reduction in it, to be calibrated anew."""
-    module = _reduced(trained.module, method, options)
-    return trained._replace(module=module, calibrated_on=0)
+    """The run's model with a reduction in it."""
+    return trained._replace(module=_reduced(trained.module, method, options))

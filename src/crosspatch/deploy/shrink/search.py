@@ -16,7 +16,7 @@ from crosspatch.deploy.engines import Engine, available, precision_of
 from crosspatch.deploy.shrink.build import INT8, Network
 from crosspatch.deploy.shrink.candidates import AS_IT_IS, SOURCES, Candidate, Context
 from crosspatch.deploy.shrink.choose import contenders, scaled, span
-from crosspatch.deploy.shrink.judge import Pictures, judged
+from crosspatch.deploy.shrink.judge import CHUNK, Pictures, judged
 from crosspatch.deploy.shrink.result import Measured
 from crosspatch.deploy.shrink.state import State
 from crosspatch.deploy.shrink.timing import Clock, Job, Way
@@ -31,6 +31,8 @@ FINAL = 4  # candidates that are measured once more, side by side
 CLOSE = 1.15  # how much longer than the fastest one they may take
 SLOW = 2.0  # a file is not tried in an engine that takes so many times as long as another
 SHORTEST, LONGEST = 60.0, 900.0  # seconds of a search that was given none
+SCREENING = 0.35  # of the time that is left, at most, goes to answers in torch
+ENDING = 0.1  # of the time, for the last measurement, the test and the bundle
 TRIES = 30  # answers of all pictures that a search takes about, for its estimate
 LEAST_PICTURES = 200
 
@@ -87,9 +89,12 @@ class Search:
             fits = int(self.seconds / 8 / took)
             state.count = min(len(shown), max(LEAST_PICTURES, fits))
         self.all, self.shown = len(shown), shown.first(state.count)
-        context.until = self.began + self.seconds
+        context.until = self.began + (1 - ENDING) * self.seconds
         self.before = _right(engine, self.shown)
+        self._note_given_up()
+        self.known: dict[str, Candidate] = {}
         self.left: list[str] = []
+        self._slow: list[Way] = []
         self.last = 0.0  # seconds that the last network took
 
     def run(self) -> None:
@@ -99,13 +104,17 @@ class Search:
             f"the search takes about {_minutes(self.seconds)}; {most:,} validation pictures judge "
             "every candidate"
         )
+        self.state.save(self.context.folder)
         for source in SOURCES.values():
             self.context.rows = self.rows()
+            self._note_slow()
             waiting: list[Screened] = []
+            reserve = (1 - SCREENING) * (self.context.until - time.monotonic())
             for candidate in source(self.context):
+                self.known[candidate.name] = candidate
                 if candidate.name in {one.name for one in self.state.rows}:
                     continue
-                if self._late():
+                if self._late(candidate, reserve if candidate.screen else 0.0):
                     self.left.append(candidate.name)
                 elif candidate.screen:
                     waiting += self._screen(candidate)
@@ -130,7 +139,7 @@ class Search:
         row = Measured(**_facts(candidate))
         try:
             most = self.context.budget.max_drop / 100
-            row, _ = judged(row, self.shown, network.torch(), self.before, most, USUAL_BATCH)
+            row, _ = judged(row, self.shown, network.torch(), self.before, most, CHUNK)
         except CrosspatchError as error:
             row = replace(row, dropped=f"it cannot be had: {reason(error)}")
         if row.dropped:
@@ -151,7 +160,7 @@ class Search:
             ),
         )
         for one in order:
-            if self._late():
+            if self._late(one.candidate):
                 self.left.append(one.candidate.name)
             elif one.row.points <= budget.max_drop:
                 yield one
@@ -208,7 +217,7 @@ class Search:
                 continue
             for engine, kind in available(bundle):
                 way = Way(engine, precision if kind == precision_of(bundle.info) else kind)
-                if name == AS_IT_IS or not self._slow(way):
+                if name == AS_IT_IS or way not in self._slow:
                     yield way, bundle
 
     def _int8(self) -> list[str]:
@@ -222,20 +231,23 @@ class Search:
         fits = [one for one in able if one.points <= budget.max_drop] or able
         return [min(fits, key=lambda one: span(one, budget).median).precision]
 
-    def _slow(self, way: Way) -> bool:
-        """Whether another engine runs the same file of the run as it is far faster."""
+    def _note_slow(self) -> None:
+        """Ways to run the run as it is while another engine runs the same file far faster."""
         budget = self.context.budget
-        same = [one for one in self.rows() if one.name == AS_IT_IS and one.latency]
-        files = {one.engine + one.precision: span(one, budget).median for one in same
-                 if precision_file(one.precision) == precision_file(way.precision)}  # fmt: skip
-        mine = files.get(way.engine + way.precision)
-        if mine is None or mine <= SLOW * min(files.values()):
-            return False
-        self._remark(
-            f"{way.engine} {way.precision} takes {mine / min(files.values()):.1f} times as long as "
-            "the fastest way to run the same file, so it was not tried with other networks"
-        )
-        return True
+        mine = [one for one in self.rows() if one.name == AS_IT_IS and one.latency]
+        took = {Way(one.engine, one.precision): span(one, budget).median for one in mine}
+        for way, seconds in took.items():
+            file = precision_file(way.precision)
+            if way not in self._slow and seconds > SLOW * min(
+                took[w] for w in took if precision_file(w.precision) == file
+            ):
+                self._slow.append(way)
+        if self._slow:
+            named = ", ".join(f"{way.engine} {way.precision}" for way in self._slow)
+            self._remark(
+                f"{named}: the other engine runs the same file of the run as it is more than "
+                f"{SLOW:g} times as fast, so no other network was tried there"
+            )
 
     def _judged(
         self, candidate: Candidate, way: Way, bundle: Bundle
@@ -256,7 +268,13 @@ class Search:
 
     def _keep(self, rows: list[Measured]) -> None:
         self.state.rows += rows
+        self._note_given_up()
         self.state.save(self.context.folder)
+
+    def _note_given_up(self) -> None:
+        """A network is given up where no row of it is whole."""
+        whole = {one.name for one in self.state.rows if not one.dropped}
+        self.context.given_up |= {one.name for one in self.state.rows} - whole
 
     def _remark(self, text: str) -> None:
         if text not in self.context.remarks:
@@ -272,36 +290,34 @@ class Search:
         if len(best) < 2:
             return
         limit = CLOSE * span(best[0], budget).median
-        jobs = []
+        jobs: dict[str, Job] = {}
         for one in (one for one in best if span(one, budget).median <= limit):
-            bundle = self.bundle_of(one)
-            if bundle is not None:
-                jobs.append(Job(one.key, bundle, Way(one.engine, one.precision)))
+            self._again(one, jobs)
         if len(jobs) < 2:
             return
-        took, base = self.clock.time(jobs)
+        took, base = self.clock.time(list(jobs.values()))
         for count, seconds in base.items():
             self.state.base.setdefault(count, []).append(seconds)
         for place, row in enumerate(self.state.rows):
             if row.key in took:
-                again = {
-                    count: new._replace(float_=row.latency[count].float_)
-                    for count, new in took[row.key].items()
-                }
-                self.state.rows[place] = replace(row, latency=again)
+                self.state.rows[place] = replace(row, latency=took[row.key])
         self.state.save(self.context.folder)
 
-    def candidate_of(self, row: Measured) -> Candidate | None:
-        """What a row was made of; None where its source does not give it any more."""
-        for source in SOURCES.values():
-            for one in source(self.context):
-                if (one.kind, one.name) == (row.kind, row.name):
-                    return one
-        return None
+    def _again(self, row: Measured, jobs: dict[str, Job]) -> None:
+        """Note a row to be timed again, and its float with it."""
+        bundle, float_ = self.bundle_of(row), ""
+        if bundle is None or row.key in jobs:
+            return
+        if row.precision != "fp32":
+            beside = replace(row, precision="fp32")
+            float_ = beside.key
+            if any(one.key == float_ for one in self.state.rows):
+                self._again(beside, jobs)
+        jobs[row.key] = Job(row.key, bundle, Way(row.engine, row.precision), float_)
 
     def network_of(self, row: Measured) -> Network | None:
-        """The network of a row."""
-        candidate = self.candidate_of(row)
+        """The network of a row; None where its source does not give it any more."""
+        candidate = self.known.get(row.name)
         return None if candidate is None else self._network(candidate)
 
     def bundle_of(self, row: Measured) -> Bundle | None:
@@ -313,9 +329,12 @@ class Search:
         """The bundle opened as the row says, on all threads."""
         return self._opened(Way(row.engine, row.precision), bundle)
 
-    def _late(self) -> bool:
-        """Whether there is no time for a further network, by what the last one took."""
-        return bool(self.last) and time.monotonic() + self.last / 2 > self.context.until
+    def _late(self, candidate: Candidate, reserve: float = 0.0) -> bool:
+        """Whether there is no time for a further network, by what the last one took, or not before
+        `reserve` seconds of the end. What was trained for the search is always measured."""
+        if candidate.trained or not self.last:
+            return False
+        return time.monotonic() + max(self.last / 2, reserve) > self.context.until
 
     def _tell(self) -> None:
         done = min(self.seconds, time.monotonic() - self.began)

@@ -26,8 +26,8 @@ FOLDER, FILE, LOCK = "shrink", "state.json", ".lock"
 DIFFERS = {
     "weights": "the weights of the run",
     "pictures": "the validation pictures",
-    "machine": "this machine or its engines",
     "threads": "the number of threads that may be used",
+    "machine": "this machine or the versions of its engines",
 }
 """Entries of a search's identity, in words."""
 
@@ -96,7 +96,7 @@ def entered(folder: Path, identity: dict[str, Any], resume: bool) -> State:
     changed = [name for name in DIFFERS if found.identity.get(name) != identity.get(name)]
     if changed:
         was, now = found.identity.get(changed[0]), identity.get(changed[0])
-        shown = "" if changed[0] in ("weights", "pictures") else f" ({was}, now {now})"
+        shown = f" ({was}, now {now})" if changed[0] == "threads" else ""
         raise UsageError(
             f"since that search began {DIFFERS[changed[0]]} changed{shown}",
             "the same run, pictures and machine, so that figures can be compared",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from crosspatch.deploy.shrink.candidates import AS_IT_IS
 from crosspatch.deploy.shrink.choose import complete, excess, span
-from crosspatch.deploy.shrink.result import Budget, Measured
+from crosspatch.deploy.shrink.result import Budget, Measured, Speed
 
 SURE = 1e-9
 
@@ -31,33 +31,33 @@ def megabytes(count: float) -> str:
 def chosen_words(one: Measured, base: Measured, budget: Budget, count: int) -> list[str]:
     """What was chosen, how fast, small and accurate it is beside the run as it is."""
     threads, took = one.best(budget.threads)
-    mine, theirs = span(one, budget).median, span(base, budget).median
+    mine, theirs = span(one, budget), span(base, budget)
     on = f"{threads} thread{'s' if threads > 1 else ''}"
-    found = [f"chosen: {name_of(one)}, which takes {milliseconds(mine)} for a picture on {on}"]
+    found = [
+        f"chosen: {name_of(one)}, which takes {milliseconds(mine.median)} for a picture on {on}"
+    ]
     if one.key == base.key:
         found[0] += ": nothing that was tried is better inside the budget"
     else:
-        speed = theirs / mine
+        speed = Speed(theirs.median / mine.median, theirs.low / mine.high, theirs.high / mine.low)
         found.append(
             f"that is {_times(speed)} the run as it is in {base.engine} fp32 "
-            f"({milliseconds(theirs)}), and its file has {megabytes(one.size or 0)} instead of "
-            f"{megabytes(base.size or 0)}"
+            f"({milliseconds(theirs.median)}), and its file has {megabytes(one.size or 0)} instead "
+            f"of {megabytes(base.size or 0)}"
         )
-    if one.floats or one.key == base.key:
-        pass
-    elif took.float_ is not None:
-        found.append(
-            f"beside the same network's float in the same engine it is {_times(took.float_.median)}"
-        )
+    if took.float_ is not None:
+        found.append(f"it is {_times(took.float_)} the same network's float in the same engine")
     return [*found, *_accuracy_words(one, budget, count)]
 
 
-def _times(speed: float) -> str:
-    if speed >= 1.005:
-        return f"{speed:.2f} times as fast as"
-    if speed > 0.995:
-        return "as fast as"
-    return f"slower ({1 / speed:.2f} times as long) than"
+def _times(speed: Speed) -> str:
+    """How something compares, to stand before the thing it is compared with."""
+    shown = f"{speed.median:.2f} times as fast, 95 %: {speed.low:.2f} to {speed.high:.2f}"
+    if speed.low > 1:
+        return f"faster ({shown}) than"
+    if speed.high < 1:
+        return f"slower ({shown}) than"
+    return f"about as fast ({shown}) as"
 
 
 def _accuracy_words(one: Measured, budget: Budget, count: int) -> list[str]:
