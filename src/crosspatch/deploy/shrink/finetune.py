@@ -2,7 +2,7 @@
 """`--finetune 10m`: networks with fewer tokens learn on for a while, to get back what that cost.
 
 The run's own loop trains the run's own weights with the reduction in them, on the run's pictures,
-split and recipe, at a tenth of its rate; the run as it was is the teacher (`objectives.distill`,
+split and recipe, at a fifth of its rate; the run as it was is the teacher (`objectives.distill`,
 where a picture has one class). Pictures are read once for all, and the time asked for is spent on
 steps and validations alone: how many fit is computed from measured ones. Validation chooses the
 weights, as in any training; the test pictures are not looked at.
@@ -56,7 +56,7 @@ from crosspatch.training.run import RunFolder
 from crosspatch.training.start import versions_of
 from crosspatch.training.warmstart import saved_model
 
-RATE = 0.1  # of the run's peak rate
+RATE = 0.2  # of the run's peak rate
 WARMUP = 0.05  # of the steps
 EVAL_SHARE = 0.1  # of the time, that validation may take
 SPARE = 0.03  # of the time
@@ -134,9 +134,7 @@ def finetuned(context: Context) -> Iterator[Candidate]:
             )  # fmt: skip
             began = time.monotonic()
     except UsageError as error:  # the time does not hold a step
-        context.remarks.append(
-            f"nothing was fine-tuned: {error.got}, and it takes {error.expected}"
-        )
+        context.remarks.append(f"not fine-tuned: {error.got}, where it takes {error.expected}")
 
 
 class _School:
