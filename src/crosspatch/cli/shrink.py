@@ -127,9 +127,23 @@ def shrink(
         )
         if not output.json:
             _print(screen, found)
+        page = _page(screen, found)
     if output.json:
-        print_json(found.to_json())
+        print_json(found.to_json() | {"page": page})
     return 0 if found.chosen else 1
+
+
+def _page(screen: Any, found: Shrunk) -> str | None:
+    """The path of shrunk.html, written now; None where it cannot be."""
+    from crosspatch.cli import pages, words
+
+    def write() -> Path:
+        from crosspatch.report.shrunk import write_shrunk
+
+        return write_shrunk(found.run, found)
+
+    again = words.command("crosspatch", "shrink", found.run, "--resume")
+    return pages.told(screen, Path(found.run), write, again)
 
 
 def _print(screen: Any, found: Shrunk) -> None:
