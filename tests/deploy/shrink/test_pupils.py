@@ -63,6 +63,10 @@ def test_what_was_given_up_before_it_was_timed_is_timed_by_its_multiply_adds() -
     ]  # fmt: skip
     heavy = row("heavy", 1.2, 0.3, latency={}, engine="", precision="", dropped="early")
     assert pupils([whole(), heavy], Budget()) == []
+    slow = row("x", 0.9, 0.0, macs=int(4e8))  # this method takes twice as long as it should
+    assert pupils([whole(), slow, lost], Budget()) == []
+    other = row("y", 0.9, 0.0, macs=int(4e8), method="mctf")
+    assert [one.name for one in pupils([whole(), other, lost], Budget())] == ["lost"]
 
 
 def test_float_is_compared_with_float_and_each_reduction_is_trained_once() -> None:

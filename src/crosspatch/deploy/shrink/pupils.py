@@ -81,7 +81,7 @@ def _medians(one: Measured) -> dict[int, float]:
 
 def _seconds(rows: Sequence[Measured], budget: Budget) -> dict[int, float]:
     """By `id` of each row, seconds of one picture where the budget means them: measured, or after
-    the multiply-adds."""
+    the multiply-adds, at the pace of the same method or else of the whole network."""
     found = dict[int, float]()
     for one in rows:
         took = _medians(one)
@@ -89,6 +89,13 @@ def _seconds(rows: Sequence[Measured], budget: Budget) -> dict[int, float]:
             took = {n: took[n] for n in took if n == budget.threads}
         if took:
             found[id(one)] = min(took.values())
-    paces = [found[id(one)] / one.macs for one in rows if id(one) in found and one.macs]
-    pace = max(paces, default=1.0)  # what was left out does not make the rest as much faster
-    return {id(one): found.get(id(one), pace * one.macs) for one in rows}
+    paces = dict[str, float]()
+    for one in rows:
+        if id(one) in found and one.macs:
+            pace = found[id(one)] / one.macs
+            paces[one.method] = max(pace, paces.get(one.method, pace))
+
+    def guess(one: Measured) -> float:
+        return paces.get(one.method, paces.get("", 1.0)) * one.macs
+
+    return {id(one): found.get(id(one), guess(one)) for one in rows}
