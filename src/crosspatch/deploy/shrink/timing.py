@@ -8,6 +8,7 @@ meanwhile falls out of the ratios.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -138,7 +139,8 @@ def speed(one: Timing, other: Timing) -> Speed:
 def _ranks(count: int) -> tuple[int, int]:
     """Places of the two of `count` values in order that enclose the median with 95 % at least; the
     first and the last where there are too few."""
-    from scipy.stats import binom
-
-    low = max(0, int(binom.ppf(0.025, count, 0.5)) - 1)
+    low, below = 0, 1  # of 2^count orders, those with at most `low` values below the median
+    while 40 * (below + math.comb(count, low + 1)) <= 2**count:
+        low += 1
+        below += math.comb(count, low)
     return low, count - 1 - low
