@@ -10,6 +10,7 @@ import pytest
 
 from crosspatch.deploy.shrink.choose import marked
 from crosspatch.deploy.shrink.result import Budget, Shrunk, Speed
+from crosspatch.deploy.shrink.words import chosen_words
 from crosspatch.report.shrunk import headline, lead, shrunk_page, write_shrunk
 from crosspatch.report.shrunk_figure import slower, tradeoff
 from support.made_up import shrunk
@@ -64,6 +65,19 @@ def test_the_headline_is_the_answer() -> None:
     assert headline(chosen(found, found.base)) == "The network stays as it is"
     dynamic = found.rows[1].key
     assert headline(chosen(found, dynamic)) == "Slower (1.11 times as long), 28 % of the size"
+
+
+def test_nothing_is_said_twice_and_nothing_is_lost() -> None:
+    found = shrunk(4)
+    assert found.winner is not None
+    said = chosen_words(found.winner, found.original, found.budget, found.winner.pictures)
+    test = "on 300 test pictures, looked at once: 96.0 % (93.1–97.7), the run as it is 96.7 %"
+    html = shrunk_page(replace(found, words=[*said, test, "something else", *found.words]))
+    assert "Chosen: as it is" not in html
+    assert test[1:] not in html
+    assert "<li>Something else.</li>" in html
+    assert "<li>So few pictures cannot exclude a drop of more than 1 points" in html
+    assert "<li>Int8-dynamic in onnxruntime is slower than float there.</li>" in html
 
 
 def test_where_nothing_fits_it_says_so_and_gives_no_command() -> None:

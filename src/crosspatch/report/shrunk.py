@@ -12,7 +12,12 @@ from markupsafe import Markup
 
 from crosspatch.deploy.shrink.choose import complete, span
 from crosspatch.deploy.shrink.result import Budget, Measured, Shrunk, Speed, Took
-from crosspatch.deploy.shrink.words import megabytes, milliseconds
+from crosspatch.deploy.shrink.words import (
+    chosen_words,
+    megabytes,
+    milliseconds,
+    nothing_words,
+)
 from crosspatch.report.page import count, percent, render, write_page
 from crosspatch.report.shrunk_figure import lowest, tradeoff
 from crosspatch.report.story import named, plural
@@ -44,7 +49,7 @@ def shrunk_page(found: Shrunk) -> str:
         lead=lead(found),
         test=_test(found),
         stats=_stats(found),
-        words=[_sentence(one) for one in found.words],
+        words=[_sentence(one) for one in _further(found)],
         chosen=bool(found.chosen),
         figure=tradeoff(found, timed, numbers) if timed else None,
         figure_said=_figure_said(found),
@@ -297,6 +302,19 @@ def _commands(found: Shrunk) -> list[tuple[str, str]]:
         (why, named(shlex.join(["crosspatch", *words]) + tail.get(words[0], ""), 400))
         for why, words in lines
     ]
+
+
+def _further(found: Shrunk) -> list[str]:
+    """The sentences of the search but for those that the head of the page says already."""
+    best, budget = found.winner, found.budget
+    if best is None:
+        near = found.row(found.nearest) if found.nearest else None
+        said = nothing_words(near, budget)
+    else:
+        said = chosen_words(best, found.original, budget, best.pictures)
+    said = [one for one in said if not one.startswith("so few")]
+    tested = [one for one in found.words if found.test and "test pictures, looked at once" in one]
+    return [one for one in found.words if one not in (*said, *tested)]
 
 
 def _sentence(text: str) -> str:
