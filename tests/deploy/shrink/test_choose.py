@@ -146,6 +146,8 @@ def test_contenders_are_the_fastest_inside(found, asked):
 def test_overlapping_speeds_are_a_tie_and_the_more_accurate_is_taken():
     fast, slow = row("fast", 0.0040, lost=1, spread=0.1), row("slow", 0.0042, lost=0, spread=0.1)
     assert choose([fast, slow], Budget(max_drop=1.0)) is slow
+    noisy = row("noisy", 0.0040, lost=1, spread=0.9)
+    assert choose([noisy, row("slow", 0.0060)], Budget(max_drop=1.0)) is noisy
     surely = row("slow", 0.0060, lost=0, spread=0.1)
     assert choose([fast, surely], Budget(max_drop=1.0)) is fast
     small, large = row("small", 0.0042, size=50, spread=0.1), row("large", 0.0040, spread=0.1)

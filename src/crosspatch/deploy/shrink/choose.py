@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from crosspatch.deploy.shrink.result import Budget, Measured, Took
 
+TIE = 1.25
+
 
 class Span(NamedTuple):
     """Seconds of one picture, and the ends of the 95 % interval of their median."""
@@ -84,7 +86,9 @@ def choose(rows: Sequence[Measured], budget: Budget) -> Measured | None:
     """The best inside the budget, None where nothing is.
 
     The fastest; where only a size was asked for beside the accuracy, the smallest. Among those
-    whose intervals of speed overlap with the fastest one's, the most accurate, then the smallest.
+    whose intervals of speed overlap with the fastest one's, the most accurate, then the smallest;
+    where the machine was so busy that intervals say little, one that took TIE times as long is no
+    match all the same.
     """
     able = [one for one in rows if inside(one, budget)]
     if not able:
@@ -92,7 +96,12 @@ def choose(rows: Sequence[Measured], budget: Budget) -> Measured | None:
     if budget.size is not None and budget.latency is None:
         return min(able, key=lambda one: (one.size, one.drop, span(one, budget).median))
     fastest = min(able, key=lambda one: span(one, budget).median)
-    same = [one for one in able if span(one, budget).low <= span(fastest, budget).high]
+    limit = span(fastest, budget)
+    same = [
+        one
+        for one in able
+        if span(one, budget).low <= limit.high and span(one, budget).median <= TIE * limit.median
+    ]
     return min(same, key=lambda one: (one.drop, one.size, span(one, budget).median))
 
 
