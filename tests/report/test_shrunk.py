@@ -63,6 +63,11 @@ def test_the_headline_is_the_answer() -> None:
     assert "4.13 ms on 4 threads for a picture instead of 6.20 ms on 4 threads" in lead(found)
     assert "1.50 times as fast, 95 %: 1.46 to 1.55" in lead(found) or "95 %: 1.4" in lead(found)
     assert headline(chosen(found, found.base)) == "The network stays as it is"
+    same = replace(found.rows[2], latency={
+        n: t._replace(base=Speed(1.5, 0.9, 2.0)) for n, t in found.rows[2].latency.items()
+    })  # fmt: skip
+    unsure = replace(found, rows=(*found.rows[:2], same, found.rows[3]))
+    assert headline(chosen(unsure, same.key)) == "About as fast, 30 % of the size"
     dynamic = found.rows[1].key
     assert headline(chosen(found, dynamic)) == "Slower (1.11 times as long), 28 % of the size"
 

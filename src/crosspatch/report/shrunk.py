@@ -73,9 +73,12 @@ def headline(found: Shrunk) -> str:
         return "Nothing fits the budget"
     if best.key == base.key:
         return "The network stays as it is"
-    speed, share = _faster(best, found), _share(best.size, base.size)
-    times = f"{speed:.1f} times as fast" if speed >= 1.05 else "about as fast"
-    times = f"slower ({1 / speed:.2f} times as long)" if speed < 0.95 else times
+    speed, share = _relative(best, found), _share(best.size, base.size)
+    times = "about as fast"
+    if speed.low > 1:
+        times = f"{speed.median:.1f} times as fast"
+    elif speed.high < 1:
+        times = f"slower ({1 / speed.median:.2f} times as long)"
     return f"{times}, {share}".capitalize() if share else times.capitalize()
 
 
