@@ -159,8 +159,8 @@ def _print(screen: Any, found: Shrunk) -> None:
             name = one.name
             screen.line(f"{name}, {words.count(one.macs)} multiply-adds", "bold")
         screen.line(_row(one, counts), "green" if one.chosen else "")
-    screen.line("  * no other is at least as accurate, fast and small; speed: beside the run as it")
-    screen.line("  is, in the same engine's float; drop: points lost, and their 95 % range")
+    screen.line("  * no other is at least as accurate, fast and small; speed: beside the run as")
+    screen.line("  it is, in the same engine's float; drop: points lost, and their 95 % range")
     given = [one for one in found.rows if one.dropped]
     if given:
         screen.line()

@@ -25,7 +25,7 @@ from crosspatch.deploy.shrink.judge import Pictures
 from crosspatch.deploy.shrink.result import Shrunk
 from crosspatch.deploy.torch_engine import TorchEngine
 from crosspatch.errors import DataError, Interrupted, UsageError
-from crosspatch.training.package import load_model
+from crosspatch.training.package import load_model, save_calibration
 from support.once import once, shared
 from support.runs import write_run
 
@@ -240,10 +240,41 @@ def test_a_reduced_run_is_not_reduced_again(run: Path, tmp_path: Path) -> None:
     assert "reduced already" in " ".join(found.words)
 
 
+@pytest.mark.parametrize(
+    ("model", "task", "said"),
+    [
+        ("convnext_isotropic_micro_32", "classify", "no tokens can be left out of it"),
+        ("vit_micro_32", "multilabel", ""),
+    ],
+)
+def test_other_networks_and_several_labels(
+    model: str, task: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their own graphs; what is right is what all labels of a picture say."""
+    folder = write_run(tmp_path / "run", task=task, model=model) / "model"
+    thresholds = (0.5, 0.4, 0.5, 0.6) if task == "multilabel" else ()
+    save_calibration(folder, 1.25, 40, thresholds)
+    (tmp_path / "run" / "split.csv").write_text("path,class,split\n")
+    probs = TorchEngine(load_model(folder), device="cpu").run(drawn())
+    labels = (probs >= thresholds).astype("f4") if thresholds else probs.argmax(axis=1)
+    judges = Pictures(drawn(), labels, thresholds)
+    monkeypatch.setattr(room, "pictures", lambda *_: judges)
+    monkeypatch.setattr(candidates, "LADDERS", ("evovit",) if said else ())
+    monkeypatch.setattr(search, "available", lambda bundle: [("onnxruntime", _kind(bundle))])
+    monkeypatch.setattr(timing, "SHORTEST", 0.01)
+    found = room.shrink(tmp_path / "run", max_drop=50, seconds=600)
+    assert said in " ".join(found.words)
+    assert found.original.accuracy > 0.98
+    info = read_bundle(tmp_path / "run" / "bundle-small.onnx").info
+    assert (info.task, info.thresholds) == (task, thresholds)
+    assert info.temperature == 1.25
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
-from crosspatch.deploy.shrink import shrink
+from crosspatch.deploy.shrink import candidates, shrink
+candidates.LADDERS = ("evovit",)
 run = Path(sys.argv[1])
 resume = (run / "shrink" / "state.json").is_file()
 shrink(run, max_drop=100, seconds=1000, resume=resume)
@@ -268,7 +299,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     assert start(whole).wait() == 0
     took = time.perf_counter() - began
     generator = np.random.default_rng(0)
-    for _ in range(6):
+    for _ in range(5):
         process = start(home)
         time.sleep(float(generator.uniform(0.1, 0.5)) * took)
         process.kill()
