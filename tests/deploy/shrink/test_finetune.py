@@ -7,6 +7,7 @@ import csv
 import functools
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from safetensors.torch import load_file
 from crosspatch.deploy.shrink import finetune as room
 from crosspatch.deploy.shrink.candidates import SOURCES, Context
 from crosspatch.deploy.shrink.finetune import Finetuned, finetune, fitted, lasting
-from crosspatch.deploy.shrink.pupils import Pupil
+from crosspatch.deploy.shrink.pupils import Pupil, pupils
 from crosspatch.deploy.shrink.result import Budget, Measured
 from crosspatch.errors import DataError, Interrupted, UsageError
 from crosspatch.layers import linear
+from crosspatch.metrics.macs import count_macs
 from crosspatch.training import measure
 from crosspatch.training.guard import NotFinite
 from crosspatch.training.package import load_model, transforms_of
@@ -276,7 +278,31 @@ def test_the_search_gets_what_was_trained_as_one_more_candidate(run: Path) -> No
     assert known.remarks == []
 
 
-def test_the_search_is_told_why_nothing_was_trained(run: Path) -> None:
+def test_what_the_search_had_no_time_for_is_looked_at_and_trained(run: Path) -> None:
+    known = context(run, finetune=4.0)
+    known.rows, known.macs = known.rows[:1], count_macs(known.trained.module, (3, 16, 16))
+    known.rows = [replace(known.rows[0], macs=known.macs)]
+    known.budget = Budget(max_drop=0.0)
+    school = room._School(run, None, run / "shrink", 1.0, Stop())
+    assert school.lost(known.trained.module, known.trained.module) == 0.0
+    spoilt = load_model(run).module
+    with torch.no_grad():
+        spoilt.head.bias.copy_(torch.tensor([99.0, 0.0, 0.0]))  # type: ignore[union-attr]
+    losses = [school.lost(spoilt, known.trained.module), school.lost(known.trained.module, spoilt)]
+    assert losses[0] == -losses[1] != 0
+    untried = room._untried(known)
+    assert {one.method for one in untried} >= {"tome", "evovit"}
+    assert len({one.method for one in untried}) == len(untried)
+    assert all(one.macs < known.macs and one.dropped for one in untried)
+    wanted = pupils([*known.rows, *untried], known.budget)
+    found = list(SOURCES["finetuned"](known))
+    assert [one.method for one in found] == [one.method for one in wanted]
+    assert known.remarks == ([] if found else known.remarks)
+
+
+def test_the_search_is_told_why_nothing_was_trained(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert list(SOURCES["finetuned"](context(run))) == []
     short = context(run, finetune=0.2)
     assert list(SOURCES["finetuned"](short)) == []
@@ -286,6 +312,7 @@ def test_the_search_is_told_why_nothing_was_trained(run: Path) -> None:
     ]
     fine = context(run, finetune=2.0)
     fine.rows = fine.rows[:1]
+    monkeypatch.setitem(SOURCES, "tokens", lambda _: [])
     assert list(SOURCES["finetuned"](fine)) == []
     assert fine.remarks == [
         "nothing was fine-tuned: no faster network with fewer tokens loses more than the budget"

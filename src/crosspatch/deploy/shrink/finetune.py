@@ -33,14 +33,17 @@ import torch
 from crosspatch.data.skipped import write_skipped
 from crosspatch.data.sources import Source
 from crosspatch.data.split import Split, read_split
-from crosspatch.deploy.shrink.candidates import Candidate, Context, register
+from crosspatch.deploy.shrink.candidates import SOURCES, Candidate, Context, register
 from crosspatch.deploy.shrink.pupils import Pupil, pupils
+from crosspatch.deploy.shrink.result import Measured
 from crosspatch.deploy.torch_engine import torch_threads
 from crosspatch.errors import DataError, UsageError
 from crosspatch.layers import linear
+from crosspatch.tasks import make_task
 from crosspatch.training import machine as machines
 from crosspatch.training import measure
 from crosspatch.training import plan as plans
+from crosspatch.training.evaluation import predict_probabilities
 from crosspatch.training.guard import NotFinite
 from crosspatch.training.judge import finish
 from crosspatch.training.loop import fit
@@ -60,6 +63,7 @@ RATE = 0.2  # of the run's peak rate
 WARMUP = 0.05  # of the steps
 EVAL_SHARE = 0.1  # of the time, that validation may take
 SPARE = 0.03  # of the time
+FEW = 200  # validation pictures that judge what the search had no time for
 DISTILL = {"kind": "soft", "alpha": 0.5, "tau": 2.0}
 
 
@@ -116,14 +120,16 @@ def finetuned(context: Context) -> Iterator[Candidate]:
 
     `context.further["reporter"]`, if there is one, hears how that goes.
     """
-    seconds = context.further.get("finetune")
+    seconds, began = context.further.get("finetune"), time.monotonic()
     chosen = pupils(context.rows, context.budget) if seconds else []
+    if seconds and not chosen:
+        chosen = pupils([*context.rows, *_untried(context)], context.budget)
     if seconds and not chosen:
         context.remarks.append(
             "nothing was fine-tuned: no faster network with fewer tokens loses more than the budget"
         )
     how = {"data": context.data, "reporter": context.further.get("reporter")}
-    lessons, began = finetune(context.run, chosen, seconds or 0.0, **how), time.monotonic()
+    lessons = finetune(context.run, chosen, seconds or 0.0, **how)
     try:
         for one in lessons if chosen else ():
             context.until += time.monotonic() - began
@@ -135,6 +141,27 @@ def finetuned(context: Context) -> Iterator[Candidate]:
             began = time.monotonic()
     except UsageError as error:  # the time does not hold a step
         context.remarks.append(f"not fine-tuned: {error.got}, where it takes {error.expected}")
+
+
+def _untried(context: Context) -> list[Measured]:
+    """The strongest reduction of each method for which the search had no time, as `FEW` validation
+    pictures judge it."""
+    known, strongest = {one.name for one in context.rows}, dict[str, Candidate]()
+    for one in SOURCES["tokens"](replace(context, remarks=[])):
+        best = strongest.get(one.method)
+        if one.name not in known and (best is None or one.macs < best.macs):
+            strongest[one.method] = one
+    if not strongest:
+        return []
+    tell = context.further.get("reporter") or Silent()
+    tell.message(f"looking which of {len(strongest)} untried networks are worth fine-tuning")
+    school = _School(context.run, context.data, context.run / "shrink", 0.0, tell)
+    return [
+        Measured(name=one.name, kind="tokens", method=one.method, options=one.options,
+                 macs=one.macs, drop=school.lost(one.make().module, context.trained.module),
+                 dropped="no time was left to measure it")
+        for one in strongest.values()
+    ]  # fmt: skip
 
 
 class _School:
@@ -170,6 +197,18 @@ class _School:
         unseen = Split(split.train, split.val, np.empty(0, np.int64))
         prepared = read_pictures(self.source, recipe, self.tell)
         return Pictures(self.source, prepared, unseen, self.source.fingerprint())
+
+    def lost(self, module: Any, before: Any) -> float:
+        """How much worse `module` is than `before` on `FEW` validation pictures: a share."""
+        images = self.pictures.validation
+        if len(images) > FEW:
+            images = images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:FEW]))
+        task: Any = make_task(Recipe.from_dict(self.config["recipe"]).task, self.source.classes)
+        merits = list[float]()
+        for one in (before, module):
+            probs = predict_probabilities(one, images, FEW, probabilities=task.probabilities)
+            merits.append(float(task.brief(probs, images.labels)[task.merit] or 0.0))
+        return merits[0] - merits[1]
 
     def folder(self, pupil: Pupil) -> RunFolder:
         return RunFolder(pupil.folder(self.shop, self.seconds))
