@@ -73,7 +73,17 @@ def test_once_more_nothing_is_trained(searched: tuple[Path, dict], crosspatch: A
     folder, found = searched
     run = Path(next(row for row in found["rows"] if row["kind"] == "finetuned")["run"])
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
-    words = ["--max-drop", "3", "--threads", "1", "--time", "30s", "--finetune", "20s", "--resume"]
+    words = [
+        "--max-drop",
+        "0.5",
+        "--threads",
+        "1",
+        "--time",
+        "30s",
+        "--finetune",
+        "20s",
+        "--resume",
+    ]
     told = crosspatch("shrink", folder, *words, "--json")
     assert told.code == 0, told.err
     assert "fine-tuning 1 of" not in told.err

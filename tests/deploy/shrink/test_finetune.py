@@ -278,6 +278,17 @@ def test_the_search_gets_what_was_trained_as_one_more_candidate(run: Path) -> No
     assert known.remarks == []
 
 
+def test_a_search_that_goes_on_trains_what_it_had_chosen(run: Path) -> None:
+    (first,) = SOURCES["finetuned"](context(run, finetune=2.0))
+    later = context(run, finetune=2.0)
+    better = replace(later.rows[1], name="tome mild", options={"r": [2, 2, 2, 2]}, drop=0.1)
+    later.rows = [*later.rows, replace(better, macs=5)]
+    (again,) = SOURCES["finetuned"](later)
+    assert (again.name, again.run) == (first.name, first.run)
+    later.budget = Budget(max_drop=1.0)
+    assert [one.options for one in SOURCES["finetuned"](later)] == [better.options]
+
+
 def test_what_the_search_had_no_time_for_is_looked_at_and_trained(run: Path) -> None:
     known = context(run, finetune=4.0)
     known.rows, known.macs = known.rows[:1], count_macs(known.trained.module, (3, 16, 16))

@@ -13,15 +13,17 @@ where it was when it is killed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -57,6 +59,7 @@ from crosspatch.training.recipes import load_recipe, small
 from crosspatch.training.reporter import Reporter, Silent
 from crosspatch.training.run import RunFolder
 from crosspatch.training.start import versions_of
+from crosspatch.training.state import TEMPORARY, flush_file
 from crosspatch.training.warmstart import saved_model
 
 RATE = 0.2  # of the run's peak rate
@@ -121,9 +124,7 @@ def finetuned(context: Context) -> Iterator[Candidate]:
     `context.further["reporter"]`, if there is one, hears how that goes.
     """
     seconds, began = context.further.get("finetune"), time.monotonic()
-    chosen = pupils(context.rows, context.budget) if seconds else []
-    if seconds and not chosen:
-        chosen = pupils([*context.rows, *_untried(context)], context.budget)
+    chosen = _chosen(context, seconds) if seconds else []
     if seconds and not chosen:
         context.remarks.append(
             "nothing was fine-tuned: no faster network with fewer tokens loses more than the budget"
@@ -141,6 +142,25 @@ def finetuned(context: Context) -> Iterator[Candidate]:
             began = time.monotonic()
     except UsageError as error:  # the time does not hold a step
         context.remarks.append(f"not fine-tuned: {error.got}, where it takes {error.expected}")
+
+
+def _chosen(context: Context, seconds: float) -> list[Pupil]:
+    """Those to train. The choice is kept for the same budget, time and weights: a search that goes
+    on measures more, and what was begun is to be found again."""
+    weights = file_hash(context.run / "model" / WEIGHTS)
+    asked = repr((context.budget, seconds, weights)).encode()
+    path = context.folder / f"finetune-{hashlib.sha256(asked).hexdigest()[:8]}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return [Pupil(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    found = pupils(context.rows, context.budget)
+    found = found or pupils([*context.rows, *_untried(context)], context.budget)
+    if found:
+        draft = path.with_name(f"{TEMPORARY}{path.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps([asdict(one) for one in found]), encoding="utf-8")
+        flush_file(draft)
+        os.replace(draft, path)
+    return found
 
 
 def _untried(context: Context) -> list[Measured]:
