@@ -14,13 +14,15 @@ from pathlib import Path
 from PIL import Image
 
 from crosspatch.cli.main import main
+from crosspatch.deploy.shrink.result import Budget
 from crosspatch.report.comparison import write_comparison
 from crosspatch.report.mistakes import LABELS, suspected, write_labels
 from crosspatch.report.page import write_page
 from crosspatch.report.run import page
+from crosspatch.report.shrunk import shrunk_page
 from crosspatch.report.story import Story
 from support.hostile import BAD, CLASSES, GOOD, oriented, picture, saved
-from support.made_up import HOSTILE, compared, several, story
+from support.made_up import HOSTILE, compared, several, shrunk, story
 from support.pages import ROOT
 
 ODD = (
@@ -132,6 +134,13 @@ def in_a_comparison(folder: Path) -> None:
     write_comparison(compared(folder / "made-up")).rename(folder / "compare-hostile.html")
 
 
+def in_a_search(folder: Path) -> None:
+    """Searches for a smaller network, with hostile names: of many candidates, of few, of none."""
+    none = Budget(max_drop=0.1, latency=1e-4)
+    for name, one in (("many", shrunk(40)), ("few", shrunk(4)), ("none", shrunk(4, none))):
+        write_page(folder / f"shrunk-{name}.html", shrunk_page(one))
+
+
 def site(folder: Path) -> None:
     """The docs, built as `make docs` builds them."""
     shutil.copytree(ROOT / "docs", folder / "docs")
@@ -151,6 +160,7 @@ MAKERS: dict[Callable[[Path], None], tuple[str, ...]] = {
     of_three: ("three.html",),
     by_a_comparison: ("compare.html", "explained-vit.html"),
     in_a_comparison: ("compare-hostile.html",),
+    in_a_search: ("shrunk-many.html", "shrunk-few.html", "shrunk-none.html"),
     in_a_tail: ("tailed.html",),
     _told("hostile.html", functools.partial(story, HOSTILE)): ("hostile.html",),
     _told("several.html", functools.partial(several, HOSTILE)): ("several.html",),

@@ -34,6 +34,7 @@ SHOTS: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
     "report-phone": ("runs/digits/report.html", PHONE, {"color_scheme": "dark"}),
     "explain-page": ("why.html", (1040, 1200), {}),
     "compare": ("compared/digits/report.html", (1040, 1200), {}),
+    "shrink": ("runs/digits/shrunk.html", (1040, 1500), {}),
 }
 """Picture -> page, what of it is seen, and how."""
 
@@ -75,6 +76,7 @@ def pages(folder: Path) -> None:
     typed("train", "digits", "--epochs", 12, "--out", "runs/digits")
     _digit(digits)
     typed("predict", "runs/digits", digits.name, "--explain", "why.html")
+    typed("shrink", "runs/digits", "--max-drop", 1, "--time", "90s")
     typed("compare", "digits", "--try", "base,mixup,ldam", "--seeds", 3, "--epochs", 3,
           "--model", "vit_micro_32", "--size", 16, "--out", "compared/digits")  # fmt: skip
 

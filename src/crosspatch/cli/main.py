@@ -43,6 +43,7 @@ VERBS = {
     "verify": ("crosspatch.cli.verify:verify", "Compare a bundle with the model it was made of."),
     "serve": ("crosspatch.cli.serve:serve", "Answer pictures over HTTP, with a page to try it."),
     "label": ("crosspatch.cli.label:label", "Let a teacher label every patch of the pictures."),
+    "shrink": ("crosspatch.cli.shrink:shrink", "Make a run as small and fast as a budget asks."),
     "bench": ("crosspatch.cli.bench:bench", "Measure how fast every engine runs a model here."),
     "compare": ("crosspatch.cli.compare:compare", "Find out which way to train is better."),
     "papers": ("crosspatch.cli.papers:papers", "Look up the papers behind all this."),

@@ -52,7 +52,7 @@ def verify(
         report = room.verify(
             read,
             paths,
-            run=against or _run_around(read),
+            run=_run_around(read) if against is None else _made_of(against, read),
             names=paths,
             engines=_engines(read, engine),
             progress=lambda done, total: screen.progress("comparing", done, total),
@@ -82,7 +82,16 @@ def _remember(screen: Screen, report: Report) -> None:
 
 def _run_around(bundle: Bundle) -> Path | None:
     folder = bundle.path.parent
-    return folder if (folder / "model").is_dir() else None
+    return _made_of(folder, bundle) if (folder / "model").is_dir() else None
+
+
+def _made_of(run: Path, bundle: Bundle) -> Path:
+    """The run, or of the models that `crosspatch shrink` left in it the one that has the bundle's
+    weights and reduction of tokens."""
+    from crosspatch.deploy.loading import model_of
+
+    found = (one for one in (run, *sorted((run / "shrink").glob("*/"))) if model_of(one, bundle))
+    return next(found, run)
 
 
 def _engines(bundle: Bundle, name: str) -> list[tuple[str, str]] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from crosspatch.deploy.bundle import Bundle, read_bundle
 from crosspatch.deploy.choice import open_bundle
 from crosspatch.deploy.predictor import Predictor
-from crosspatch.errors import UsageError, near
+from crosspatch.errors import CrosspatchError, UsageError, near
 
 MANY = 16  # pictures at once, for a choice by measuring where there are several
 
@@ -90,6 +90,20 @@ def folder_of(run: str | Path) -> Path:
             "name the folder of the run",
         )
     return home
+
+
+def model_of(run: Path, bundle: Bundle) -> bool:
+    """Whether a run folder's model has the weights and the reduction that `bundle` was made of."""
+    from crosspatch.tokens.spec import spelt
+    from crosspatch.training.package import model_folder, read_config
+
+    try:
+        transforms = read_config(model_folder(run))["transforms"]
+        return bundle.info.reduction == spelt(transforms) and (
+            weights_hash(run) == bundle.info.weights
+        )
+    except (CrosspatchError, OSError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def weights_hash(run: Path) -> str | None:

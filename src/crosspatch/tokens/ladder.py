@@ -113,3 +113,5 @@ _SHAPES = {
     "evovit": {"stages": _keep},
     "psvit": {"sharing": _sharing},
 }
+LADDERS = tuple(_SHAPES)
+"""The methods that have schedules to choose from."""

@@ -25,7 +25,7 @@ OURS = (
     "config.toml", "classes.txt", "split.csv", "skipped.csv", "metrics.csv", "predictions.csv",
     "report.json", "report.html", "label_errors.csv", "nan.csv",
     "model", "last", ".lock", "client.py",
-    "teacher", "waiting.toml",
+    "teacher", "waiting.toml", "shrink", "shrunk.json", "shrunk.html", "bundle-small.onnx",
     *(f"bundle{kind}{end}"
       for kind in ("", "-int8", "-int8-static") for end in (".onnx", ".xml", ".bin", ".pt2")),
 )  # fmt: skip
@@ -112,7 +112,7 @@ class RunFolder:
         """One process per run: an exclusive lock that the system frees when its owner dies."""
         path = self.path / ".lock"
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if not _lock(handle):
+        if not lock_file(handle):
             owner = path.read_text(encoding="utf-8").strip() or "unknown"
             os.close(handle)
             raise UsageError(
@@ -293,7 +293,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock_in_child)
 
 
-def _lock(handle: int) -> bool:
+def lock_file(handle: int) -> bool:
     """Lock an open file for this process alone, without waiting; False if another holds it."""
     if os.name == "nt":
         import msvcrt
