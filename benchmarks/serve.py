@@ -43,7 +43,8 @@ def overhead(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
     outside: latency from the time it was meant to be sent, less decoding and the bare call, so the
     network and the driver's own delay count too; inside: what the server itself says it took, less
     decoding and computing; queue: the part of it that was waiting for others; added: latency less
-    queue, decoding and computing, which is what HTTP, JSON and the ways between processes cost.
+    queue, decoding and computing, which is what HTTP, JSON and the ways between processes cost;
+    own: the same by the server's clock, without the client and the network.
     """
     for model in asked.models:
         with staged(asked, model, 64) as stage:
@@ -60,6 +61,7 @@ def overhead(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 outside = [one.latency - d - alone for one, d in zip(good, decode, strict=True)]
                 inside = [(t["total"] - t["decode"] - t["compute"]) / 1e3 for t in times]
                 inner = [(t["queue"] + t["decode"] + t["compute"]) / 1e3 for t in times]
+                own = [(t["total"] - t["queue"] - t["decode"] - t["compute"]) / 1e3 for t in times]
                 added = [one.latency - spent for one, spent in zip(good, inner, strict=True)]
                 yield {
                     "round": turn,
@@ -74,6 +76,7 @@ def overhead(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     **_named("queue", [t["queue"] / 1e3 for t in times]),
                     **_named("inside", inside),
                     **_named("outside", outside),
+                    **_named("own", own),
                     **_named("added", added),
                     **_driver(sending),
                     **stage.facts(),

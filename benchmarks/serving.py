@@ -30,6 +30,7 @@ from hostile.process import Server  # noqa: E402
 
 from support.hostile import CLASSES, picture, saved  # noqa: E402
 
+TOP = 10
 NEAR = 2e-5
 """Largest difference of a probability from the known one: batches add in another order."""
 LATE = 0.01
@@ -62,7 +63,12 @@ class Stage(NamedTuple):
 
     @property
     def target(self) -> str:
-        return f"/predict?top_k={len(self.classes)}"
+        return f"/predict?top_k={self.top}"
+
+    @property
+    def top(self) -> int:
+        """Classes in an answer: of a thousand nobody asks for all, and 50 kB of JSON take 4 ms."""
+        return min(TOP, len(self.classes))
 
     def client(self) -> load.Client:
         return load.Client(self.server.port, self.pictures, self.target)
@@ -84,10 +90,11 @@ class Stage(NamedTuple):
 
     def right(self, one: load.Sent) -> bool:
         said = {p["class"]: p["probability"] for p in json.loads(one.body)["predictions"]}
-        found = np.array([said.get(name, np.nan) for name in self.classes])
-        return bool(np.nanmax(np.abs(found - self.known[one.picture]), initial=0) < NEAR) and (
-            len(said) == len(self.classes)
-        )
+        known = self.known[one.picture]
+        least = np.sort(known)[-self.top] - NEAR  # of those that are to be named
+        off = [abs(said[name] - p) if name in said else max(0.0, p - least - 2 * NEAR)
+               for name, p in zip(self.classes, known.tolist(), strict=True)]  # fmt: skip
+        return len(said) == self.top and max(off) < NEAR
 
 
 def bundle_of(model: str, place: Path) -> Path:

@@ -17,9 +17,9 @@ from PIL import Image
 
 from crosspatch.cli.predict import find
 from crosspatch.data.preprocess import Preprocess
-from crosspatch.deploy import batch, choice, loading, parts
+from crosspatch.deploy import batch, engines, loading, parts
 from crosspatch.deploy.batch import predict_many
-from crosspatch.deploy.engines import Setting, open_engine
+from crosspatch.deploy.engines import Setting
 from crosspatch.deploy.parts import Part, Parts
 from crosspatch.deploy.predictor import Predictor
 from crosspatch.errors import DataError, Interrupted, UsageError
@@ -74,6 +74,7 @@ def mixing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is opened answers as `Mixing` does."""
     told = Predictor(Mixing(), CLASSES, Preprocess((24, 32), (24, 32)))
     monkeypatch.setattr(batch, "load", lambda *_, **how: told)
+    monkeypatch.setattr(batch, "_forks", lambda: True)  # it is inherited, and no engine is opened
 
 
 def work(run: Path, files: list[str], table: Path, **how):
@@ -388,7 +389,7 @@ def test_a_worker_that_is_killed_costs_its_part_only(
 
 
 def test_a_broken_model_leaves_nothing_behind(files, tmp_path) -> None:
-    broken = write_bundle(tmp_path / "nan.onnx", scale=float("nan"))
+    broken = write_bundle(tmp_path / "nan.onnx", scale=3e38)
     for workers in (1, 2):
         with pytest.raises(DataError, match="not numbers"):
             work(broken, files, tmp_path / "out.csv", workers=workers)
@@ -458,11 +459,22 @@ def test_nothing_is_opened_before_the_processes_are_forked(
 ) -> None:
     """Threads and locks of an engine would be copied half-way."""
     monkeypatch.setenv("CROSSPATCH_CACHE", str(tmp_path / "cache"))
-    opened, real = [], open_engine
-    for room in (loading, choice):
-        monkeypatch.setattr(room, "open_engine", lambda *one: opened.append(1) or real(*one))
+    monkeypatch.setattr(engines, "_opened", [])
     work(bundle, files, tmp_path / "out.csv", workers=2, engine="auto")
-    assert opened == []  # here: the lists of the other processes are theirs
+    assert not engines.opened()  # here: the lists of the other processes are theirs
+
+
+def test_where_an_engine_was_opened_before_the_processes_begin_anew(
+    bundle, files, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("CROSSPATCH_CACHE", str(tmp_path / "cache"))
+    for engine in ("openvino", "onnxruntime"):
+        loading.load(bundle, engine=engine, threads=2).predict(files[:3])
+    assert engines.opened()
+    told = work(bundle, files, tmp_path / "two.csv", workers=2, engine="auto")
+    assert told.workers == 2
+    work(bundle, files, tmp_path / "one.csv", engine=told.setting.engine)
+    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 
 
 def test_there_are_no_more_processes_than_parts(bundle, files, tmp_path, monkeypatch) -> None:

@@ -50,7 +50,8 @@ def parse(text: str | bytes) -> Any:
 
 def class_names(given: Sequence[Any]) -> tuple[str, ...]:
     """The names of classes. Raises ValueError for what cannot be names: too many or too long, twice
-    the same, with line breaks, control characters or marks that turn the direction of writing."""
+    the same. Folders may be called anything, so line breaks and marks that turn the direction of
+    writing are left to whoever prints a name (`errors.visible`)."""
     if not isinstance(given, list | tuple):
         raise ValueError("classes must be a list of names")
     if not given:
@@ -63,8 +64,6 @@ def class_names(given: Sequence[Any]) -> tuple[str, ...]:
             raise ValueError("classes must be names")
         if len(name) > LONGEST:
             raise ValueError(f"a class has a name of {len(name):,} letters, more than {LONGEST:,}")
-        if not name.isprintable():
-            raise ValueError(f"a class is called {shown(name)}, which is not printable")
         if name in seen:
             raise ValueError(f"two classes are called {shown(name)}")
         seen.add(name)

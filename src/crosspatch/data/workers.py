@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job on chunks of items, in forked processes: they inherit it, write into shared memory and end
-with their parent."""
+"""A job on chunks of items, in processes that end with their parent.
+
+Forked ones inherit the job and write into shared memory. Where this process has threads and locks,
+which would be copied half-way, they begin anew instead and are sent the job.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from crosspatch.errors import DataError
 Job = Callable[[range], Any]
 Done = Iterator[Any]
 
-_job: list[Job] = []  # in a worker: the one job it was forked for
+_job: list[Job] = []  # in a worker: the one job it is there for
 
 
 def _adopt(job: Job) -> None:
@@ -44,13 +47,14 @@ def _work(chunk: range) -> Any:
 
 
 @contextmanager
-def pool(workers: int, job: Job) -> Iterator[Callable[[list[range]], Done]]:
+def pool(workers: int, job: Job, *, fork: bool = True) -> Iterator[Callable[[list[range]], Done]]:
     """Something that runs the job on chunks and yields what it returns, in any order: here, in
-    forked processes, or in threads. Raises DataError when a process is killed."""
+    processes, or in threads. fork: else processes begin anew, and the job is pickled for them.
+    Raises DataError when a process is killed."""
     if workers == 1:
         yield lambda chunks: map(job, chunks)
         return
-    with _executor(workers, job) as (executor, task):
+    with _executor(workers, job, fork) as (executor, task):
         try:
             yield lambda chunks: _completed(executor, task, chunks)
         except BaseException:
@@ -59,15 +63,15 @@ def pool(workers: int, job: Job) -> Iterator[Callable[[list[range]], Done]]:
 
 
 @contextmanager
-def _executor(workers: int, job: Job) -> Iterator[tuple[Executor, Callable]]:
-    if "fork" not in multiprocessing.get_all_start_methods():
+def _executor(workers: int, job: Job, fork: bool) -> Iterator[tuple[Executor, Callable]]:
+    if fork and "fork" not in multiprocessing.get_all_start_methods():
         with ThreadPoolExecutor(workers) as executor:
             yield executor, job
         return
-    forking = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("fork" if fork else "spawn")
     with (
         warnings.catch_warnings(),
-        ProcessPoolExecutor(workers, forking, _adopt, (job,)) as executor,
+        ProcessPoolExecutor(workers, context, _adopt, (job,)) as executor,
     ):
         # Python 3.12 and later warn of forking beside threads; a worker takes none of their locks
         warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)

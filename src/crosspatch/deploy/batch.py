@@ -3,10 +3,10 @@
 
 A bundle is answered by a process to a core, each with an engine of one thread of its own: on four
 busy cores that took 0.4 to 0.7 of the time of one engine fed by threads (benchmarks/batch.py). They
-are forked before any engine is opened; that takes half a second of processor time in all. A run is
-answered here, by torch. A part is PART pictures of the list, and is cut into the engine's batches
-alike whoever does it: int8 with dynamic scales answers a picture with an eye on its batch, and a
-table must not depend on who was killed when.
+are forked before any engine is opened (half a second of processor time in all); where one was
+opened already they begin anew. A run is answered here, by torch. A part is PART pictures of the
+list, and is cut into the engine's batches alike whoever does it: int8 with dynamic scales answers a
+picture with an eye on its batch, and a table must not depend on who was killed when.
 
 The rows are those of `deploy.table`, in its order: what was read, then what was not. This module
 does not import torch.
@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import crosspatch
 from crosspatch.data import workers as processes
 from crosspatch.deploy.bundle import read_bundle
 from crosspatch.deploy.choice import choose
-from crosspatch.deploy.engines import Setting
+from crosspatch.deploy.engines import Setting, opened
 from crosspatch.deploy.loading import MANY, load, weights_hash
 from crosspatch.deploy.parts import SHOWN, Part, Parts
 from crosspatch.deploy.predictor import Predictor
@@ -64,8 +64,8 @@ class _Stopped(Exception):
 
 
 class _Job:
-    """Answers a stretch of the list; called in a forked process, or here. `run` is opened by each
-    thread for itself, unless a predictor is given.
+    """Answers a stretch of the list; called in another process, or here. `run` is opened by each
+    process for itself, unless a predictor is given.
 
     chunks: the stretches. Their names are kept as texts: a forked process that touches a hundred
     thousand strings makes copies of their memory, for they count who refers to them.
@@ -77,8 +77,8 @@ class _Job:
         self.chunks = [range(at, min(at + part, len(paths))) for at in starts]
         self._names = {one: json.dumps(paths[one.start : one.stop]) for one in self.chunks}
         self.given: Predictor | None = None
-        self.stop = mmap.mmap(-1, 1)  # shared with the processes that are forked
-        self._own = threading.local()
+        self.stop = multiprocessing.get_context("fork" if _forks() else "spawn").Event()
+        self._own: Predictor | None = None
 
     def __call__(self, chunk: range) -> tuple[int, Part]:
         paths = json.loads(self._names[chunk])
@@ -94,12 +94,12 @@ class _Job:
     def _predictor(self) -> tuple[Predictor, int | None]:
         if self.given is not None:
             return self.given, None
-        if not hasattr(self._own, "predictor"):
-            self._own.predictor = load(self.run, engine=self.engine, threads=1)
-        return self._own.predictor, 1
+        if self._own is None:
+            self._own = load(self.run, engine=self.engine, threads=1)
+        return self._own, 1
 
     def _check(self, done: int, total: int) -> None:
-        if self.stop[0]:
+        if self.stop.is_set():
             raise _Stopped
 
 
@@ -159,14 +159,14 @@ def _work(
     progress(done)
     if not left:
         return
-    with processes.pool(workers, job) as work:
+    with processes.pool(workers, job, fork=_forks()) as work:
         try:
             for start, made in work(left):
                 parts.add(start // part, made)
                 done += made.rows + made.unreadable
                 progress(done)
         except BaseException:
-            job.stop[0] = 1
+            job.stop.set()
             raise
 
 
@@ -226,13 +226,20 @@ def _chosen(run: Path, engine: str) -> Setting:
     """The engine for a bundle. It is measured in a process of its own: what engines leave behind,
     threads and locks, would be forked into the workers. One that is named is opened there first,
     so that it is refused here."""
-    bundle = read_bundle(run)
-    name = lambda chunk: choose(bundle, MANY, threads=1)
-    if engine != "auto":
-        name = lambda chunk: load(run, engine=engine, threads=1).engine.setting
-    with processes.pool(2, name) as work:
+    with processes.pool(2, partial(_setting, run, engine), fork=_forks()) as work:
         (setting,) = work([range(1)])
     return setting
+
+
+def _setting(run: Path, engine: str, chunk: range) -> Setting:
+    if engine == "auto":
+        return choose(read_bundle(run), MANY, threads=1)
+    return load(run, engine=engine, threads=1).engine.setting
+
+
+def _forks() -> bool:
+    """Whether processes can be forked: an engine that was opened here would not survive that."""
+    return not opened()
 
 
 def _about(

@@ -59,10 +59,15 @@ def choose(
 
 
 def open_bundle(
-    bundle: Bundle, engine: str = "auto", threads: int | None = None, batch: int = 1
+    bundle: Bundle,
+    engine: str = "auto",
+    threads: int | None = None,
+    batch: int = 1,
+    *,
+    most: int | None = None,
 ) -> BundleEngine:
-    """The engine that `engine` names for a bundle. Raises UsageError for what
-    cannot be had here, DataError for a damaged file."""
+    """The engine that `engine` names for a bundle. most: threads, where their number is chosen.
+    Raises UsageError for what cannot be had here, DataError for a damaged file."""
     name, _, precision = engine.partition("-")
     if name == "torch":
         raise UsageError(
@@ -74,7 +79,7 @@ def open_bundle(
         return open_engine(bundle, name, precision or None, threads)
     if precision:  # its threads are those that serve fp32 best; refused before that is measured
         open_engine(bundle, name, precision, usable_cores())
-    chosen = choose(bundle, batch, ENGINES if name == "auto" else [name], threads)
+    chosen = choose(bundle, batch, ENGINES if name == "auto" else [name], threads or most)
     wanted = Setting(chosen.engine, precision or chosen.precision, threads or chosen.threads)
     return open_engine(bundle, *wanted)
 

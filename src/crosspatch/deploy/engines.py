@@ -109,6 +109,15 @@ def computes_bf16() -> bool:
     return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+_opened: list[str] = []
+
+
+def opened() -> bool:
+    """Whether an engine was opened in this process: it has threads and locks, which a fork would
+    copy half-way."""
+    return bool(_opened)
+
+
 def open_engine(
     bundle: Bundle, engine: str = "onnxruntime", precision: str | None = None, threads: int = 1
 ) -> BundleEngine:
@@ -136,6 +145,7 @@ def open_engine(
             f"it computes in {own}",
             f"crosspatch export RUN {'--int8' if own == 'fp32' else ''}".rstrip(),
         )
+    _opened.append(engine)
     kind = OnnxRuntimeEngine if engine == "onnxruntime" else OpenVinoEngine
     return kind(bundle, setting)
 

@@ -54,10 +54,10 @@ LAYERS = frozenset(
     LogicalAnd LogicalNot LogicalOr LogicalXor MVN MatMul MaxPool Maximum Minimum Mish Mod Multiply
     Negative NormalizeL2 NotEqual OneHot PReLU Pad Parameter Power Range ReLU ReduceL1 ReduceL2
     ReduceLogicalAnd ReduceLogicalOr ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Reshape
-    Result Roll Round ScatterElementsUpdate ScatterNDUpdate ScatterUpdate Select Selu ShapeOf
-    ShuffleChannels Sigmoid Sign Sin Slice SoftMax SoftPlus SoftSign Softmax SpaceToDepth Split Sqrt
-    SquaredDifference Squeeze StridedSlice Subtract Swish Tanh Tile TopK Transpose Unsqueeze
-    VariadicSplit
+    Result Roll Round ScaledDotProductAttention ScatterElementsUpdate ScatterNDUpdate ScatterUpdate
+    Select Selu ShapeOf ShuffleChannels Sigmoid Sign Sin Slice SoftMax SoftPlus SoftSign Softmax
+    SpaceToDepth Split Sqrt SquaredDifference Squeeze StridedSlice Subtract Swish Tanh Tile TopK
+    Transpose Unsqueeze VariadicSplit
     """,
     )
 )

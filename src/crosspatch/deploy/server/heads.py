@@ -24,6 +24,7 @@ SINGLE = {
 RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 """Types of a body that is a picture file as it is, beside image/*. The last is what `curl
 --data-binary` says of everything."""
+SHORT = 65_536  # bytes
 FORM, JSON = "multipart/form-data", "application/json"
 
 
@@ -40,6 +41,12 @@ class Head(NamedTuple):
     def announces(self) -> bool:
         """Whether a body is to come."""
         return self.chunked or bool(self.length)
+
+    @property
+    def short(self) -> bool:
+        """Whether the body is known to be so small that taking it in costs less than a new
+        connection."""
+        return self.length is not None and self.length <= SHORT
 
 
 def read_head(scope: dict[str, Any], limits: Limits) -> Head:

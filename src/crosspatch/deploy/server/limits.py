@@ -132,6 +132,20 @@ async def hear_out(receive: Receive, limits: Limits) -> None:
         return
 
 
+async def taken(receive: Receive, seconds: float) -> bool:
+    """Take in and forget a short body; whether the whole of it came within `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return False
+                if not message.get("more_body", False):
+                    return True
+    except TimeoutError:
+        return False
+
+
 def too_large(limit: int) -> Refused:
     """The body has more bytes than one may have."""
     return Refused(

@@ -200,7 +200,8 @@ class Service:
         """What takes long and needs no event loop."""
         self.bundle = read_bundle(self._path)
         self.info = self.bundle.info
-        self.engine = open_bundle(self.bundle, self._engine_name, self._threads)
+        most = max(1, usable_cores() - 1)  # one core decodes and speaks HTTP meanwhile
+        self.engine = open_bundle(self.bundle, self._engine_name, self._threads, most=most)
         self.explains = self.info.explains
         check_answers(self.bundle, self.engine)
         economy = measure(self.engine, self.info.preprocess.size, 1 if self._batch else BATCH)
