@@ -257,8 +257,6 @@ DESCRIPTIONS: dict[str, tuple[dict[str, Any] | str, str]] = {
     "a newer schema with things unknown": (
         {"schema": 3, "engine": "x", "classes": 7}, "has schema 3.*update crosspatch",
     ),
-    "a class with a line break": ({"classes": ["a\nb", "b", "c"]}, r"called 'a\\nb'"),
-    "a class written backwards": ({"classes": ["\u202ea", "b", "c"]}, "u202ea"),
     "a class of a megabyte": ({"classes": ["a" * 10**6, "b", "c"]}, "1,000,000 letters"),
     "a class twice": ({"classes": ["a", "b", "a"]}, "two classes are called 'a'"),
     "a million classes": ({"classes": ["a"] * 10**6}, "1,000,000 classes"),
@@ -306,7 +304,7 @@ def test_descriptions(name, bundle, capfd, request):
 
 def test_html_in_a_class_is_a_name_like_others(bundle, capfd):
     """It is shown as it is on a terminal and escaped in pages, never interpreted."""
-    names = ("<script>alert(1)</script>", "b", "c")
+    names = ("<script>alert(1)</script>", "a\nb", "\u202ec")
     write_bundle(bundle, info(classes=names))
     assert read_bundle(bundle).info.classes == names
 

@@ -125,6 +125,8 @@ def test_little_time_leaves_candidates_and_resume_goes_on_with_them(run: Path) -
     first = room.shrink(run, max_drop=3, seconds=0.5)
     assert first.left
     assert first.winner is not None
+    hasty = room.shrink(run, max_drop=3, seconds=0.5, resume=True)
+    assert (hasty.left, rows_of(hasty)) == (first.left, rows_of(first))
     again = room.shrink(run, max_drop=3, seconds=600, resume=True)
     assert rows_of(first) <= rows_of(again)
     assert not again.left

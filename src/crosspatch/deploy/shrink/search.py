@@ -32,6 +32,7 @@ CLOSE = 1.15  # how much longer than the fastest one they may take
 SLOW = 2.0  # a file is not tried in an engine that takes so many times as long as another
 SHORTEST, LONGEST = 60.0, 900.0  # seconds of a search that was given none
 SCREENING = 0.35  # of the time that is left, at most, goes to answers in torch
+TORCH = 2.0  # times as long as an engine takes torch to answer, before it is known
 ENDING = 0.1  # of the time, for the last measurement, the test and the bundle
 TRIES = 30  # answers of all pictures that a search takes about, for its estimate
 LEAST_PICTURES = 200
@@ -96,6 +97,7 @@ class Search:
         self.left: list[str] = []
         self._slow: list[Way] = []
         self.last = 0.0  # seconds that the last network took
+        self.screening = TORCH * took * state.count  # and that torch took to answer for one
 
     def run(self) -> None:
         """Try every source. Ended by the time, or when nothing is left."""
@@ -114,7 +116,8 @@ class Search:
                 self.known[candidate.name] = candidate
                 if candidate.name in {one.name for one in self.state.rows}:
                     continue
-                if self._late(candidate, reserve if candidate.screen else 0.0):
+                takes = reserve + self.screening if candidate.screen else self.last / 2
+                if self._late(candidate, takes):
                     self.left.append(candidate.name)
                 elif candidate.screen:
                     waiting += self._screen(candidate)
@@ -135,13 +138,14 @@ class Search:
 
     def _screen(self, candidate: Candidate) -> list[Screened]:
         """The candidate as torch answers, [] where that was enough to give it up."""
-        network = self._network(candidate)
+        began, network = time.monotonic(), self._network(candidate)
         row = Measured(**_facts(candidate))
         try:
             most = self.context.budget.max_drop / 100
             row, _ = judged(row, self.shown, network.torch(), self.before, most, CHUNK)
         except CrosspatchError as error:
             row = replace(row, dropped=f"it cannot be had: {reason(error)}")
+        self.screening = time.monotonic() - began
         if row.dropped:
             self._keep([row])
             return []
@@ -160,7 +164,7 @@ class Search:
             ),
         )
         for one in order:
-            if self._late(one.candidate):
+            if self._late(one.candidate, self.last / 2):
                 self.left.append(one.candidate.name)
             elif one.row.points <= budget.max_drop:
                 yield one
@@ -329,12 +333,11 @@ class Search:
         """The bundle opened as the row says, on all threads."""
         return self._opened(Way(row.engine, row.precision), bundle)
 
-    def _late(self, candidate: Candidate, reserve: float = 0.0) -> bool:
-        """Whether there is no time for a further network, by what the last one took, or not before
-        `reserve` seconds of the end. What was trained for the search is always measured."""
-        if candidate.trained or not self.last:
-            return False
-        return time.monotonic() + max(self.last / 2, reserve) > self.context.until
+    def _late(self, candidate: Candidate, takes: float) -> bool:
+        """Whether there is no time for a further network that takes so many seconds. The run as it
+        is and what was trained for the search are always measured."""
+        always = candidate.trained or not self.state.rows
+        return not always and time.monotonic() + takes > self.context.until
 
     def _tell(self) -> None:
         done = min(self.seconds, time.monotonic() - self.began)
