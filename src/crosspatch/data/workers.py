@@ -7,6 +7,7 @@ which would be copied half-way, they begin anew instead and are sent the job.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,7 @@ _job: list[Job] = []  # in a worker: the one job it is there for
 
 def _adopt(job: Job) -> None:
     _job[:] = [job]
+    gc.freeze()  # collecting would touch, and so copy, all that is shared with the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which saves a run
     warnings.simplefilter("ignore")  # remarks of parsers on foreign files; faults are raised
