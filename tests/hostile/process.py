@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hostile.talk import Reply, post, talk
+from support.command import with_tests
 
 MEGABYTE = 1 << 20
 STARTING = 60.0  # seconds, on a machine that does other things, too
@@ -38,7 +39,9 @@ class Server:
         words = [*(["taskset", "-c", taskset] if taskset else []), *words]
         self.log, self.idle = log, 0  # idle: bytes at rest, once somebody has measured it
         with log.open("wb") as stream:
-            self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=stream)
+            self.process = subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=stream, env=with_tests()
+            )
         self.port = self._started()
 
     def _started(self) -> int:

@@ -17,6 +17,7 @@ import pytest
 from crosspatch.deploy.server import lifecycle
 from crosspatch.deploy.server.lifecycle import address_of, bind, loopback
 from crosspatch.errors import UsageError
+from support.command import with_tests
 from support.serving import Reply, ended, get, post, replies, until
 
 SCRIPT = """
@@ -58,6 +59,7 @@ class Process:
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-c", SCRIPT, str(grace)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=with_tests(),
         )  # fmt: skip
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
