@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosspatch.cli import words
-from crosspatch.cli.options import TOKENS, Output
+from crosspatch.cli.options import TOKENS, Output, nothing_readable
 
 if TYPE_CHECKING:
     from crosspatch.cli.screen import Screen
@@ -41,7 +41,6 @@ def predict_table(
 
     Raises as `predict_many` does, and DataError where nothing could be read.
     """
-    from crosspatch.cli.predict import nothing_readable
     from crosspatch.cli.screen import Screen, print_json
     from crosspatch.deploy.batch import predict_many
 

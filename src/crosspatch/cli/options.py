@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter, Token
 
-from crosspatch.errors import UsageError, near
+from crosspatch.errors import DataError, UsageError, near
 
 TOKENS: ContextVar[tuple[str, ...]] = ContextVar("tokens", default=())
 """The words of the command that is run, after `crosspatch`."""
@@ -143,4 +143,17 @@ def existing_run(path: Path) -> Path:
         f"{path} {what}",
         f"RUN is the folder that crosspatch train wrote{hint}",
         "name that folder first, such as runs/photos-1",
+    )
+
+
+def nothing_readable(unreadable: list[tuple[str, str]], count: int = 0) -> DataError:
+    """The error for (name, reason) pairs when no picture is left. count: of all of them, where
+    these are the first."""
+    path, reason = unreadable[0]
+    count = count or len(unreadable)
+    more = f" (and {count - 1:,} more)" if count > 1 else ""
+    return DataError(
+        f"nothing could be read: {path}: {reason}{more}",
+        "at least one whole picture (JPEG, PNG, WebP, BMP, GIF or TIFF)",
+        "check the names, or name a folder that holds pictures",
     )

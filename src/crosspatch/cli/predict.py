@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crosspatch.cli import batch
-from crosspatch.cli.options import Output, at_least, existing_run
-from crosspatch.errors import DataError, UsageError, visible
+from crosspatch.cli.options import Output, at_least, existing_run, nothing_readable
+from crosspatch.errors import UsageError, visible
 
 MODEL = "The folder of a trained run, or a bundle (.onnx, .xml) that was exported from one."
 ENGINE = (
@@ -291,16 +291,3 @@ def _said(pairs: list[dict[str, Any]]) -> str:
     from crosspatch.cli import words
 
     return ", ".join(f"{one['class']} {words.percent(one['probability'])}" for one in pairs)
-
-
-def nothing_readable(unreadable: list[tuple[str, str]], count: int = 0) -> DataError:
-    """The error for (name, reason) pairs when no picture is left. count: of all of them, where
-    these are the first."""
-    path, reason = unreadable[0]
-    count = count or len(unreadable)
-    more = f" (and {count - 1:,} more)" if count > 1 else ""
-    return DataError(
-        f"nothing could be read: {path}: {reason}{more}",
-        "at least one whole picture (JPEG, PNG, WebP, BMP, GIF or TIFF)",
-        "check the names, or name a folder that holds pictures",
-    )

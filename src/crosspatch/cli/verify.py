@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crosspatch.cli.options import Output, existing_run
-from crosspatch.cli.predict import find, nothing_readable
+from crosspatch.cli.options import Output, existing_run, nothing_readable
+from crosspatch.cli.predict import find
 
 if TYPE_CHECKING:
     from crosspatch.cli.screen import Screen
