@@ -24,6 +24,7 @@ from crosspatch.errors import CrosspatchError
 from support import run_pages
 from support.once import once, shared
 from support.pages import DOCS, PAGES, ROOT, agrees, blocks, commands, inline, levelled, typed
+from support.processors import plain_processor, without_bf16  # noqa: F401
 
 SITE = ROOT / "mkdocs.yml"
 FLAGS = (ROOT / "tests" / "cli" / "flags.txt").read_text(encoding="utf-8").splitlines()
@@ -113,7 +114,7 @@ def test_benchmarks_name_scripts_and_results_that_are_there() -> None:
     figures = {name for name in shown if re.fullmatch(r"[\w*-]+\.(csv|md)", name)}
     assert [name for name in scripts if not (room / name).is_file()] == []
     assert [name for name in figures if not [*(room / "results").glob(name)]] == []
-    helpers = {"hardware.py", "mixing_figure.py"}
+    helpers = {"hardware.py", "load.py", "mixing_figure.py", "serving.py"}
     assert {path.name for path in room.glob("*.py")} - helpers <= scripts
 
 
@@ -233,6 +234,7 @@ def test_the_quick_commands_answer_as_shown(nav: list[Path], elsewhere: None) ->
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("plain_processor")
 def test_all_commands_answer_as_shown(nav: list[Path], elsewhere: None) -> None:
     check(nav, lambda mark: True)
 
