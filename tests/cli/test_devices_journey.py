@@ -120,8 +120,9 @@ def test_a_process_that_dies_ends_the_other_and_nothing_is_lost(tmp_path):
 
 @pytest.mark.long
 def test_a_signal_stops_all_and_another_number_goes_on(tmp_path):
-    run = tmp_path / "run"
-    training = start(*TRAIN, "--epochs", 8, "--out", run, "--devices", 2)
+    """At a rate so low that what one process rounds as two do not stays small to the end."""
+    run, words = tmp_path / "run", (*TRAIN, "--epochs", 8, "--lr", 1e-4)
+    training = start(*words, "--out", run, "--devices", 2)
     wait_for_state(run, training)
     training.send_signal(signal.SIGINT)
     code, _, err = ended(training, 30)
@@ -131,8 +132,8 @@ def test_a_signal_stops_all_and_another_number_goes_on(tmp_path):
     assert code == 0, err
     assert "Saved by 2 and continued by 1" in out
     whole = tmp_path / "whole"
-    assert ended(start(*TRAIN, "--epochs", 8, "--out", whole))[0] == 0
-    assert rows(run) == [pytest.approx(row, rel=0.02, abs=0.02) for row in rows(whole)]
+    assert ended(start(*words, "--out", whole))[0] == 0
+    assert rows(run) == [pytest.approx(row, rel=1e-3) for row in rows(whole)]
 
 
 @pytest.mark.long

@@ -130,7 +130,7 @@ def test_two_processes_reach_the_losses_of_one(taught, tmp_path):
         where = "support.teacher_work:losses"
         rows[world] = together(world, where, tmp_path, teacher=teacher)[0]
     for name, one in rows[1].items():
-        assert one == pytest.approx(rows[2][name], rel=1e-4), name
+        assert one == pytest.approx(rows[2][name], rel=1e-6), name
 
 
 # ------------------------------------------------------------------ classes

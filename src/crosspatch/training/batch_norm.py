@@ -56,7 +56,7 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         axes = [0, *range(2, input.ndim)]
         shape = [1, -1, *[1] * (input.ndim - 2)]
-        values = input.float()
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
         size = values.new_tensor([values.numel() / values.shape[1]])
         totals = _Total.apply(torch.cat([values.sum(axes), size]))
         mean, count = totals[:-1] / totals[-1], totals[-1].detach()
