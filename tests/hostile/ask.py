@@ -66,12 +66,12 @@ def head(*lines: str, method: str = "POST /predict HTTP/1.1") -> bytes:
     return "\r\n".join([method, "Host: localhost", *lines, "", ""]).encode("latin-1")
 
 
-def lengthless(data: bytes, size: int) -> Iterator[bytes]:
-    """A chunked request of `data` in chunks of `size`."""
+def lengthless(data: bytes, size: int) -> list[bytes]:
+    """A chunked request of `data` in chunks of `size`; made whole before anybody connects, for a
+    connection may not be silent for long."""
     parts = (data[at : at + size] for at in range(0, len(data), size))
     body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
-    yield head("Content-Type: image/png", "Transfer-Encoding: chunked")
-    yield body
+    return [head("Content-Type: image/png", "Transfer-Encoding: chunked"), body]
 
 
 def endless(total: int) -> Iterator[bytes]:
