@@ -9,12 +9,12 @@ counted and answered here, in the one shape of errors.
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from crosspatch.deploy.server.asking import new_id
 from crosspatch.deploy.server.errors import CAREFUL, CLOSED, render
 from crosspatch.deploy.server.front import ANSWERED, Front
 from crosspatch.deploy.server.heads import headers_too_large
@@ -199,7 +199,7 @@ class Protocol(HttpToolsProtocol):
         self._answer(refused)
 
     def _answer(self, refused: Refused) -> None:
-        number = os.urandom(8).hex()
+        number = new_id()
         headers, body = render(refused, number)
         headers = [*headers, *CAREFUL, *CLOSED, (b"connection", b"close")]
         lines = [b"%b: %b\r\n" % header for header in headers]
