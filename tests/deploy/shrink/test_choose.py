@@ -144,14 +144,20 @@ def test_contenders_are_the_fastest_inside(found, asked):
 
 
 def test_overlapping_speeds_are_a_tie_and_the_more_accurate_is_taken():
-    fast, slow = row("fast", 0.0040, lost=1, spread=0.1), row("slow", 0.0042, lost=0, spread=0.1)
-    assert choose([fast, slow], Budget(max_drop=1.0)) is slow
+    fast, slow = row("fast", 0.0040, lost=3, spread=0.1), row("slow", 0.0042, lost=0, spread=0.1)
+    assert choose([fast, slow], Budget(max_drop=2.0)) is slow
+    open_ = row("fast", 0.0040, lost=1, spread=0.1)
+    assert choose([open_, slow], Budget(max_drop=1.0)) is open_, "0.5 points, give or take 1"
+    better = row("better", 0.0042, lost=-3, spread=0.1)
+    assert choose([open_, slow, better], Budget(max_drop=1.0)) is better
     noisy = row("noisy", 0.0040, lost=1, spread=0.9)
     assert choose([noisy, row("slow", 0.0060)], Budget(max_drop=1.0)) is noisy
     surely = row("slow", 0.0060, lost=0, spread=0.1)
-    assert choose([fast, surely], Budget(max_drop=1.0)) is fast
+    assert choose([fast, surely], Budget(max_drop=2.0)) is fast
     small, large = row("small", 0.0042, size=50, spread=0.1), row("large", 0.0040, spread=0.1)
     assert choose([large, small], Budget()) is small
+    hardly = row("hardly", 0.0042, size=98, spread=0.1)
+    assert choose([large, hardly], Budget()) is large
 
 
 def test_where_only_a_size_is_asked_for_the_smallest_is_taken():

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from crosspatch.deploy.shrink.result import Budget, Measured, Took
 
-TIE = 1.25
+TIE, ALIKE = 1.25, 1.05
+"""How many times as slow may count as equally fast; and as large, as equally small."""
 
 
 class Span(NamedTuple):
@@ -86,9 +87,10 @@ def choose(rows: Sequence[Measured], budget: Budget) -> Measured | None:
     """The best inside the budget, None where nothing is.
 
     The fastest; where only a size was asked for beside the accuracy, the smallest. Among those
-    whose intervals of speed overlap with the fastest one's, the most accurate, then the smallest;
-    where the machine was so busy that intervals say little, one that took TIE times as long is no
-    match all the same.
+    whose intervals of speed overlap with the fastest one's, the most accurate, as far as the
+    pictures tell it from the run as it is; then the smallest, a twentieth more being no more; then
+    the fastest. Where the machine was so busy that intervals say little, one that took TIE times as
+    long is no match all the same.
     """
     able = [one for one in rows if inside(one, budget)]
     if not able:
@@ -102,7 +104,16 @@ def choose(rows: Sequence[Measured], budget: Budget) -> Measured | None:
         for one in able
         if span(one, budget).low <= limit.high and span(one, budget).median <= TIE * limit.median
     ]
-    return min(same, key=lambda one: (one.drop, one.size, span(one, budget).median))
+    best = min(_settled(one) for one in same)
+    same = [one for one in same if _settled(one) == best]
+    small = ALIKE * min(one.size or 0 for one in same)
+    same = [one for one in same if (one.size or 0) <= small]
+    return min(same, key=lambda one: (span(one, budget).median, one.drop))
+
+
+def _settled(one: Measured) -> float:
+    """The share of pictures that a candidate loses; 0 where its interval leaves that open."""
+    return 0.0 if one.low <= 0 <= one.high else one.drop
 
 
 def contenders(rows: Sequence[Measured], budget: Budget, most: int) -> list[Measured]:
